@@ -1,0 +1,600 @@
+"""The maze lab: Discrete Tilt Matching where every number can be known exactly.
+
+    python maze_lab.py                 five arms, from nothing to figures; --seeds 5 makes README's table
+    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess; -h lists the rest
+
+THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a move
+into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
+r = 1 - dist(end, goal) / dist(start, goal). L is the length of a shortest path, so r = 1 exactly on the
+optimal paths: they are the modes, and "no collapse" means to keep them all. The default maze has 5:
+
+    S . # #     S start, G goal, # wall; L = 6. "right down down right down right" is [1, 2, 2, 1, 2, 1]
+    . . . .     and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times, ends beside S, r = 1/6.
+    . . . #     The model reads moves and masks (token 4) only: maze and reward are not in its input, so
+    . # . G     the answer cannot leak.
+
+THE BASE rho_0 is a small masked diffusion transformer trained on a noisy walker that drifts away from the
+goal. THE TARGET is rho_A ~ rho_0 e^{A r}. All 5^6 = 15,625 masked states fit in one batch, so both laws and
+the distance between them are computed, not estimated. Larger grids (`--grid 5`) say what they sample.
+
+THE METRICS (`rows` of the JSON)
+    kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
+    success   rho_theta(r = 1); modes: e^entropy of rho_theta given r = 1, the effective number of optimal
+              paths; target_success, target_modes: rho_A's; kl_modes: KL between the laws given r = 1
+    grad_var  variance over x1 of the logit gradient at a given (xt, i), theta = teacher, over (E w)^2, by
+              enumeration; mean over states, positions and phases
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import networkx as nx
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+from tqdm import tqdm
+
+import dtm
+
+V, MASK = 4, 4
+MOVES = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}  # up, right, down, left
+EXACT_STATES = 5**6  # as many masked states are enumerated; larger grids are sampled
+BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    grid: int = option(4, "side of the maze in cells; above 4 the KL is sampled")
+    walker: str = option("away", "base walker: away drifts from the goal, towards drifts to it (one jump will do)")
+    a_end: float = option(32.0, "final tilt A, per unit of reward")
+    rollouts: int = option(32768, "sequences drawn per arm, all phases together")
+    steps: int = option(6400, "gradient steps per arm, all phases together")
+    phases: int = option(32, "annealing phases")
+    batch: int = option(128, "sequences per gradient step")
+    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0")
+    base_steps: int = option(800, "gradient steps of the base model")
+    base_batch: int = option(512, "walks per gradient step of the base model")
+    base_lr: float = option(3e-3, "peak learning rate of the base model")
+    width: int = option(32, "model width, in 2 layers of 2 heads")
+
+
+QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
+
+
+@dataclass
+class Arm:
+    """One way from rho_0 to rho_A. All arms share the base, the number of rollouts and of gradient steps."""
+    name: str
+    c: str | float = "state"  # control variate: a number, "star" (running best_c) or "state" (learned c(xt, i))
+    normalize: bool = True  # weights divided by their mean over the buffer
+    schedule: str = "ess"  # "ess": equal exact ESS a phase; "equal": equal h; "buffer": ESS of the rollouts
+    phases: int | None = None  # None: Config.phases
+    loss: str = "implicit"  # "implicit": c-DTM; "explicit": ETM; "self": self-consistent
+    order: str = "random"  # decoding order of the rollouts
+
+
+ARMS = {
+    None: [Arm("one_jump", "star", phases=1), Arm("c0", 0.0, False), Arm("c1", 1.0, False), Arm("cstar", "star"), Arm("state")],
+    "anneal": [Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)],
+    "cv": [Arm("c = 0", 0.0, False), Arm("c = 0.5", 0.5, False), Arm("c = 1", 1.0, False), Arm("c = 1, w / mean", 1.0),
+           Arm("c*", "star"), Arm("c(xt, i)")],
+    "loss": [Arm("explicit", 1.0, False, loss="explicit"), Arm("implicit", 1.0, False), Arm("self-consistent", 1.0, False, loss="self")],
+    "sampler": [Arm(order, order=order) for order in ("random", "state", "confidence")],
+    "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
+}
+
+
+# ---- 1. The maze ---------------------------------------------------------------------------------
+class Maze:
+    """Walls (rows of 0 and 1) with the start top left and the goal bottom right. next (cells, 4): where each move
+    leads; progress (cells,): the reward of ending there; paths (K, L): the optimal paths as moves; policy
+    (cells, 4): the walker, weight 2 against 1 for its drift and 0.3 for a bump."""
+    def __init__(self, walls: list[list[int]], towards: bool = False):
+        self.walls, self.n = walls, len(walls)
+        cells = [(i, j) for i in range(self.n) for j in range(self.n)]
+        graph = nx.grid_2d_graph(self.n, self.n).subgraph([cell for cell in cells if not walls[cell[0]][cell[1]]])
+        far = nx.single_source_shortest_path_length(graph, cells[-1])
+        self.L = far[cells[0]]
+        routes = nx.all_shortest_paths(graph, cells[0], cells[-1])
+        self.paths = torch.tensor(sorted([MOVES[b[0] - a[0], b[1] - a[1]] for a, b in zip(p, p[1:])] for p in routes))
+        self.next, weight = torch.arange(self.n**2)[:, None].repeat(1, 4), torch.full((self.n**2, 4), 0.3)
+        for (i, j), (move, k) in ((cell, m) for cell in graph for m in MOVES.items()):
+            if (i + move[0], j + move[1]) in graph:
+                self.next[i * self.n + j, k] = (i + move[0]) * self.n + j + move[1]
+                weight[i * self.n + j, k] = 2.0 if (k in (1, 2)) == towards else 1.0
+        self.policy = weight / weight.sum(1, keepdim=True)
+        self.progress = torch.tensor([1 - far.get(cell, self.L) / self.L for cell in cells])
+
+    def cells(self, x1: Tensor) -> Tensor:
+        """The cells (B, L + 1) on the paths x1 (B, L), start included."""
+        visited = [torch.zeros_like(x1[:, 0])]
+        for move in x1.T:
+            visited.append(self.next[visited[-1], move])
+        return torch.stack(visited, 1)
+
+    def reward(self, x1: Tensor) -> Tensor:
+        return self.progress[self.cells(x1.cpu())[:, -1]].to(x1.device)
+
+    def walks(self, n: int, generator: Generator) -> Tensor:
+        """n paths (n, L) of the noisy walker, the training data of the base model."""
+        cell, moves = torch.zeros(n, dtype=torch.long), []
+        for _ in range(self.L):
+            moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
+            cell = self.next[cell, moves[-1]]
+        return torch.stack(moves, 1)
+
+    def walk_law(self, x1: Tensor) -> Tensor:
+        """The walker's probability (B,) of the paths x1, float64."""
+        return self.policy[self.cells(x1)[:, :-1], x1].double().prod(1)
+
+
+def make_maze(cfg: Config) -> Maze:
+    """The default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
+    pillars = [[int(i % 2 == j % 2 == 1 and max(i, j) < cfg.grid - 1) for j in range(cfg.grid)] for i in range(cfg.grid)]
+    return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]] if cfg.grid == 4 else pillars, cfg.walker == "towards")
+
+
+# ---- 2. The model and its base training ----------------------------------------------------------
+class MazeNet(nn.Module):
+    """A bidirectional transformer over partly masked paths; the model protocol of dtm.py."""
+    def __init__(self, L: int, cfg: Config):
+        super().__init__()
+        self.embed = nn.Embedding(L * (V + 1), cfg.width)  # one vector per (position, token)
+        layer = nn.TransformerEncoderLayer(cfg.width, 2, 4 * cfg.width, dropout=0.0, batch_first=True, norm_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False)
+        self.head = nn.Linear(cfg.width, V)
+
+    def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
+        x = self.body(self.embed(xt + (V + 1) * torch.arange(xt.shape[1], device=xt.device)))
+        return self.head(x if where is None else x[where])
+
+
+class StateBaseline(nn.Sequential):
+    """The learned control variate c(xt, i), (B, L): a small net on the one-hot state that starts near 1."""
+    def __init__(self, L: int, hidden: int = 64):
+        super().__init__(nn.Linear(L * (V + 1), hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, L))
+
+    def forward(self, xt: Tensor) -> Tensor:
+        return 1 + super().forward(F.one_hot(xt, V + 1).float().flatten(1))
+
+
+def load(weights: dict, cfg: Config, maze: Maze, device: str) -> MazeNet:
+    net = MazeNet(maze.L, cfg)
+    net.load_state_dict(weights)
+    return net.to(device)
+
+
+def adam(model: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=next(model.parameters()).device.type != "mps")
+
+
+def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
+    optimiser.param_groups[0]["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
+    optimiser.step()
+
+
+def train_base(maze: Maze, cfg: Config, seed: int, device: str, tick) -> MazeNet:
+    """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
+    torch.manual_seed(seed)  # initial weights are all that torch draws without a named generator
+    net, walker, masker = MazeNet(maze.L, cfg).to(device), Generator().manual_seed(seed), Generator(device).manual_seed(seed)
+    optimiser = adam(net)
+    for step in range(cfg.base_steps):
+        x1 = maze.walks(cfg.base_batch, walker).to(device)
+        xt, mask = dtm.mask_random(x1, MASK, masker)
+        loss = dtm.row_mean(F.cross_entropy(net(xt, mask), x1[mask], reduction="none"), mask)
+        take_step(optimiser, loss, cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps))
+        tick(cfg.base_batch)
+    return net
+
+
+# ---- 3. Measuring: exactly, on the CPU in float64, where it can be -------------------------------
+@torch.no_grad()
+def tabulate(net: nn.Module, L: int, device: str) -> dtm.Table:
+    """The net as a table over all 5^L masked states: one forward pass each, look-ups afterwards."""
+    return dtm.Table(torch.cat([net(x) for x in dtm.all_sequences(V + 1, L, device).split(2**11)])).requires_grad_(False)
+
+
+@torch.no_grad()
+def sequence_law(net: nn.Module, x: Tensor) -> Tensor:
+    """rho_theta (n,) of given sequences x (n, L), exact at any V: (D11) along the 2^L ways to know part of x."""
+    known = dtm.all_sequences(2, x.shape[1], x.device).bool()
+    worth = 2 ** torch.arange(x.shape[1] - 1, -1, -1)
+    reach = F.one_hot(torch.tensor(0), len(known)).double()[:, None].repeat(1, len(x))
+    for s, keep in enumerate(known[:-1]):
+        p = net(torch.where(keep, x, MASK)).cpu().double().softmax(-1).gather(-1, x.cpu()[..., None])[..., 0]
+        for i in (~keep).nonzero()[:, 0].tolist():
+            reach[s + worth[i]] += reach[s] * p[:, i] / int((~keep).sum())
+    return reach[-1]
+
+
+def confidence_choice(p: Tensor) -> Tensor:
+    """`exact_marginal`'s choose (n, k, V) for order="confidence": position i becomes v if it draws v and every other
+    position draws a token less likely than that. `state_choice`: the most certain position, then a draw there."""
+    below = (p[:, None, None] * (p[:, None, None] < p[..., None, None])).sum(-1)  # (n, i, v, j)
+    return p * below.masked_fill(torch.eye(p.shape[1], dtype=torch.bool)[:, None], 1).prod(-1)
+
+
+def state_choice(p: Tensor) -> Tensor:
+    return p * F.one_hot(p.amax(-1).argmax(-1), p.shape[1])[..., None]
+
+
+@torch.no_grad()
+def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
+    """grad_var of the docstring, from the gradient (c - w)(e - pi_a) of (D3) at theta = a. c: a number, a function
+    xt -> (B, L), or "best", the exact c*(xt, i) of (D7)."""
+    L, total = teacher.logits.shape[1], 0.0
+    x, worth, w = dtm.all_sequences(V, L), (V + 1) ** torch.arange(L - 1, -1, -1), w.double()
+    for mask in dtm.all_sequences(2, L)[1:].bool():
+        k, xt = int(mask.sum()), torch.where(mask, V, x)
+        state = (xt * worth).sum(1).unique(return_inverse=True)[1]
+        e = F.one_hot(x[:, mask], V) - teacher(xt)[:, mask].double().softmax(-1)  # e - pi_a
+        p, q = rho[:, None], e.square().sum(-1)
+        sums = lambda t: torch.zeros(V ** (L - k), *t.shape[1:], dtype=t.dtype).index_add(0, state, t)
+        best = sums(p * q * w[:, None]) / sums(p * q).clamp_min(1e-300) if c == "best" else None
+        g = ((best[state] if c == "best" else c(xt)[:, mask] if callable(c) else c) - w[:, None])[..., None] * e
+        squares = p[:, 0] @ g.square().sum((1, 2)) - (sums(p[..., None] * g).square().sum((1, 2)) / sums(rho).clamp_min(1e-300)).sum()
+        total += squares.item() / (k * L * math.comb(L, k))
+    return total / (rho * w).sum().item() ** 2
+
+
+class Judge:
+    """Measures models against the tilts of one base: exactly up to EXACT_STATES masked states, else from samples."""
+    def __init__(self, maze: Maze, base: nn.Module, device: str, seed: int):
+        self.maze, self.base, self.device, self.exact = maze, base, device, (V + 1) ** maze.L <= EXACT_STATES
+        self.generator = Generator(device).manual_seed(10**6 + seed)  # the judge's own noise
+        self.base_paths = sequence_law(base, maze.paths.to(device))
+        if self.exact:
+            self.x = dtm.all_sequences(V, maze.L)
+            self.r, self.rho_0 = maze.reward(self.x), self.law(tabulate(base, maze.L, device))
+            self.best = [(self.x == path).all(1).nonzero().item() for path in maze.paths]
+
+    def law(self, table: dtm.Table) -> Tensor:
+        return dtm.exact_marginal(dtm.Table(table.logits.cpu()), V, self.maze.L).detach()
+
+    def occupancy(self, x: Tensor, p: Tensor) -> list[float]:
+        """The share of paths that touch each cell."""
+        return (p[:, None] * F.one_hot(self.maze.cells(x), self.maze.n**2).amax(1)).sum(0).tolist()
+
+    def __call__(self, net: nn.Module, a: float, table: dtm.Table | None = None) -> dict:
+        """All metrics of net against rho_a. Success, modes and kl_modes are exact at any size, since r = 1 only on
+        the optimal paths; the KL is sampled above EXACT_STATES, by importance sampling with exact likelihoods."""
+        if self.exact:
+            rho, target = self.law(table or tabulate(net, self.maze.L, self.device)), dtm.exact_tilt(self.rho_0, self.r, a)
+            paths, goal, kl, kl_se, ess = rho[self.best], target[self.best].sum(), torch.xlogy(target, target / rho).sum(), 0.0, 1.0
+            occupancy = self.occupancy(self.x, rho)
+        else:
+            x = list(dtm.sample(net, torch.full((512, self.maze.L), MASK, device=self.device), MASK, generator=self.generator))[-1]
+            r = self.maze.reward(x).cpu().double()
+            log_w = sequence_law(self.base, x).log() + a * r - sequence_law(net, x).log()
+            share, log_z = log_w.softmax(0), log_w.logsumexp(0) - math.log(len(x))
+            kl = (share * log_w).sum() - log_z
+            kl_se, ess = (share * (log_w - log_z - kl)).square().sum().sqrt().item(), 1 / share.square().sum().item() / len(x)
+            paths, goal = sequence_law(net, self.maze.paths.to(self.device)), (share * (r == 1)).sum()
+            occupancy = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x)))
+        q, p = paths / paths.sum(), self.base_paths / self.base_paths.sum()  # r is constant there: rho_a given r = 1 is rho_0's
+        return {"a": a, "kl": kl.item(), "kl_se": kl_se, "kl_ess": ess, "success": paths.sum().item(), "target_success": goal.item(),
+                "modes": torch.special.entr(q).sum().exp().item(), "target_modes": torch.special.entr(p).sum().exp().item(),
+                "kl_modes": torch.xlogy(p, p / q).sum().item(), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy}
+
+
+# ---- 4. Tilting ----------------------------------------------------------------------------------
+def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
+    """Steps h that reach a_end in `phases` phases of one effective sample size, by bisection on that size. Only the
+    law of the reward matters, so it runs on the reward's values."""
+    values, which = r.double().unique(return_inverse=True)
+    p = torch.zeros_like(values).index_add(0, which, rho_0)
+    low, high, steps = 1e-6, 1.0, []
+    for _ in range(25):
+        mid = (low + high) / 2
+        rule = lambda a: dtm.next_h(values, mid, a_end - a, p=dtm.exact_tilt(p, values, a))
+        trial = [h for _, (_, h) in zip(range(phases + 1), dtm.phases(a_end, rule))]
+        low, high, steps = (mid, high, trial) if len(trial) <= phases else (low, mid, steps)
+    return steps
+
+
+def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
+    """DTM from rho_0 to rho_A, the six lines of dtm.py. Yields the metrics after each phase."""
+    maze, device, count = judge.maze, judge.device, arm.phases or cfg.phases
+    net, g = load(judge.base.state_dict(), cfg, maze, device), Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)
+    baseline, star = StateBaseline(maze.L).to(device), 1.0
+    # Adam's state lives on over the phases; the paper clears it, which here costs steps at each start.
+    optimiser, baseline_optimiser, steps = adam(net), adam(baseline), cfg.steps // count
+    frozen = lambda: tabulate(net, maze.L, device) if judge.exact else load(net.state_dict(), cfg, maze, device)
+    teacher, x1, r, done = frozen(), None, None, 0
+    schedule = arm.schedule if judge.exact or arm.schedule != "ess" else "buffer"
+    planned = iter(equal_ess(judge.rho_0, judge.r, cfg.a_end, count)) if schedule == "ess" else None
+    def next_step(a: float) -> float:
+        """Draws the rollouts of the coming phase, then says its h, for which "buffer" looks at their rewards."""
+        nonlocal x1, r
+        blank = torch.full((cfg.rollouts // count, maze.L), MASK, device=device)
+        x1 = list(dtm.sample(teacher, blank, MASK, order=arm.order, generator=g))[-1]
+        r = maze.reward(x1)
+        if schedule == "buffer":  # the last phase takes what is left
+            return cfg.a_end - a if done == count - 1 else max(dtm.next_h(r, BUFFER_ESS, cfg.a_end - a), 0.1 * cfg.a_end / count)
+        return next(planned) if schedule == "ess" else cfg.a_end / count
+    for a, h in dtm.phases(cfg.a_end, next_step):
+        w = dtm.tilt_weight(r, h, normalize=arm.normalize)
+        for step in range(steps):
+            i = torch.randint(len(x1), (cfg.batch,), generator=g, device=device)
+            xt, mask = dtm.mask_random(x1[i], MASK, g)
+            logits, logits_a, target = net(xt, mask), teacher(xt, mask).detach(), x1[i][mask]
+            w_i, r_i, share = (t[:, None].expand(mask.shape)[mask] for t in (w[i], r[i], 1 / mask.sum(1)))
+            c = baseline(xt)[mask] if arm.c == "state" else star if arm.c == "star" else arm.c
+            form = {"implicit": dtm.c_dtm_loss, "self": dtm.self_consistent_loss, "explicit": dtm.etm_loss}[arm.loss]
+            loss = form(logits, logits_a, target, *((r_i, h) if arm.loss == "explicit" else (w_i, c)))
+            take_step(optimiser, dtm.row_mean(loss, mask), cfg.lr * (1 - step / steps))
+            if arm.c == "star":
+                star = 0.9 * star + 0.1 * dtm.best_c(logits, logits_a, target, w_i, share).item()
+            if arm.c == "state":
+                y, q = dtm.state_c_target(logits_a, logits_a, target, w_i)
+                take_step(baseline_optimiser, dtm.row_mean(q * (c - y).square(), mask), 2e-3)
+            tick(cfg.batch)
+        old, teacher, done = teacher, frozen(), done + 1
+        if not judge.exact and done % 8 and a + h < 0.999 * cfg.a_end:
+            continue  # a sampled measurement costs as much as a phase
+        record = judge(net, a + h, teacher if judge.exact else None) | {"h": h, "grad_var": None}
+        if judge.exact and arm.loss == "implicit" and done % 4 == 1:  # a quarter of the phases is enough for its mean
+            w = dtm.tilt_weight(judge.r, h) / (dtm.tilt_weight(r, h).mean().cpu() if arm.normalize else 1.0)
+            c = {"state": lambda xt: baseline(xt.to(device)).cpu(), "star": star}.get(arm.c, arm.c)
+            record["grad_var"] = gradient_variance(dtm.Table(old.logits.cpu()), judge.law(old), w, c)
+        yield record
+
+
+# ---- 5. Running: bases first, then every (arm, seed), one to a core ------------------------------
+def start_worker(counter) -> None:
+    start_worker.counter = counter  # the training rows done, behind the progress bar
+    torch.set_num_threads(1)  # two workers of one thread beat one worker of two
+
+
+def count_up(rows: int) -> None:
+    with start_worker.counter.get_lock():
+        start_worker.counter.value += rows
+
+
+def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
+    maze = make_maze(cfg)
+    judge = Judge(maze, net := train_base(maze, cfg, seed, device, tick), device, seed)
+    info = {"seed": seed, "exact": judge.exact, "weights": {k: t.cpu() for k, t in net.state_dict().items()}} | judge(net, 0.0)
+    if judge.exact:
+        walk, target = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
+        info |= {"kl_walker": torch.xlogy(walk, walk / judge.rho_0).sum().item(), "target_occupancy": judge.occupancy(judge.x, target),
+                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts}
+    return info
+
+
+def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=count_up) -> dict:
+    start, maze = time.time(), make_maze(cfg)
+    trace = list(tilt(Judge(maze, load(weights, cfg, maze, device), device, seed), arm, cfg, seed, tick))
+    known = [p["grad_var"] for p in trace if p["grad_var"] is not None]
+    grad_var = sum(known) / len(known) if known else None
+    return {"arm": arm.name, "seed": seed} | trace[-1] | {"grad_var": grad_var, "seconds": time.time() - start, "trace": trace}
+
+
+def run(tasks: list, jobs: int, bar: tqdm):
+    """Yields the results of task() as they end: in this process, or in `jobs` processes of one thread each."""
+    if jobs == 1:
+        yield from (task(tick=bar.update) for task in tasks)
+        return
+    context = multiprocessing.get_context("spawn")
+    counter, seen = context.Value("q", 0), bar.n
+    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, (counter,)) as pool:
+        waiting = {pool.submit(task) for task in tasks}
+        while waiting:
+            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
+            bar.update(seen + counter.value - bar.n)
+            yield from (future.result() for future in ended)
+
+
+def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, jobs: int) -> dict:
+    """Every arm on every seed's own base; prints a line as soon as it is known and returns all there is to draw."""
+    start, arms, bases, rows, maze = time.time(), ARMS[ablate], [], [], make_maze(cfg)
+    work = len(seeds) * (cfg.base_steps * cfg.base_batch + len(arms) * cfg.steps * cfg.batch)
+    with tqdm(total=work, unit="row", unit_scale=True, smoothing=0.05) as bar:
+        for b in run([partial(base_task, cfg, s, device) for s in seeds], jobs, bar):
+            bases.append(b)
+            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}" + (
+                f", KL(walker || rho_0) {b['kl_walker']:.3f} nats; sum rho_A^2 / rho_0 over twice the rollouts is {b['need']:.3f}: "
+                f"{'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} (the line is near .01)" if b["exact"] else ""))
+        for row in run([partial(arm_task, cfg, b["seed"], device, b["weights"], arm) for arm in arms[::-1] for b in bases], jobs, bar):
+            rows.append(row)
+            error = "" if row["kl_se"] == 0 else f" +- {row['kl_se']:.3f} (trust it if its sample is large: ESS {row['kl_ess']:.0%})"
+            bar.write(f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}{error}, success {row['success']:.3f} of {row['target_success']:.3f}, "
+                      f"effective optimal paths {row['modes']:.2f} of {row['target_modes']:.2f}, {row['seconds']:.0f} s")
+    rows.sort(key=lambda row: ([arm.name for arm in arms].index(row["arm"]), row["seed"]))
+    bases.sort(key=lambda b: b["seed"])
+    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    judge = Judge(maze, load(bases[0]["weights"], cfg, maze, "cpu"), "cpu", 0) if bases[0]["exact"] else None
+    return {
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "ablate": ablate, "exact": bases[0]["exact"],
+        "seeds": seeds, "seconds": time.time() - start, "config": asdict(cfg), "arms": [asdict(arm) for arm in arms],
+        "machine": {"cpu": next((line.split(": ")[1] for line in info if "model name" in line), platform.machine()), "cores": os.cpu_count(), "processes": jobs, "device": device},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "networkx": nx.__version__},
+        "walls": maze.walls, "moves": maze.paths.tolist(), "rows": rows, "extra": exact_teachers(judge, cfg, ablate) if judge else [],
+        "bases": [{k: v for k, v in b.items() if k != "weights"} for b in bases],
+    }
+
+
+def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
+    """At three tilts of one base, with the exact posteriors of rho_a as the teacher. "cv": grad_var of each arm against
+    h, with the exact best c for a learned one. "sampler": KL(rho_a || law of each decoding order, a token a step)."""
+    out, orders = [], (("random", None), ("state", state_choice), ("confidence", confidence_choice))
+    for a in (0.0, 0.4 * cfg.a_end, 0.8 * cfg.a_end):
+        rho = dtm.exact_tilt(judge.rho_0, judge.r, a)
+        pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, judge.maze.L)).nan_to_num(1 / V)
+        teacher = dtm.Table(pi.clamp_min(1e-30).log()).requires_grad_(False)
+        for order, choose in orders if ablate == "sampler" else ():
+            law = dtm.exact_marginal(teacher, V, judge.maze.L, choose=choose)
+            out.append({"a": a, "name": order, "y": torch.xlogy(rho, rho / law).sum().item(), "success": law[judge.best].sum().item(),
+                        "sequences": torch.special.entr(law).sum().exp().item()})
+        for h in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0) if ablate == "cv" else ():
+            w = dtm.tilt_weight(judge.r.double(), h)
+            zero, half, one, best = (gradient_variance(teacher, rho, w, c) for c in (0.0, 0.5, 1.0, "best"))
+            slope, bend = 4 * half - 3 * zero - one, 2 * zero - 4 * half + 2 * one  # a parabola in c, from three points
+            mean = (rho * w).sum().item()  # c = 1 on normalised weights is c = E w on raw ones
+            variances = (zero, half, one, zero + slope * mean + bend * mean**2, zero - slope**2 / (4 * bend), best)
+            out += [{"a": a, "x": h, "name": arm.name, "y": y} for arm, y in zip(ARMS["cv"], variances)]
+    return out
+
+
+# ---- 6. Reporting: tables and figures read the result (or its JSON) alone ------------------------
+COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target", "modes": "eff. paths", "target_modes": "their target",
+           "kl_modes": "KL of paths", "grad_var": "grad. variance"}
+COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")  # colour-blind safe
+
+
+def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
+    """An arm's values over the seeds, their mean and its standard error (NaN for one seed or no values)."""
+    x = [row[key] for row in result["rows"] if row["arm"] == arm]
+    t = torch.tensor([math.nan if v is None else v for v in x], dtype=torch.float64)
+    return x, t.mean().item(), t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
+
+
+def table(result: dict) -> str:
+    how = "all exact" if result["exact"] else "KL and target success from 512 samples a seed, the rest exact"
+    lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; {how}.", " " * 16 + "".join(f"{t:>17}" for t in COLUMNS.values())]
+    for arm in result["arms"]:
+        cells = (values(result, arm["name"], key)[1:] for key in COLUMNS)
+        lines.append(f"{arm['name']:>16}" + "".join(f"{'-' if m != m else f'{m:.3f}' + (f' +- {s:.3f}' if s == s else ''):>17}" for m, s in cells))
+    return "\n".join(lines)
+
+
+def write(path: Path, save) -> None:
+    """save(a temporary path), then rename: nobody reads half a file."""
+    half = path.with_name(f".half-{path.name}")
+    save(half)
+    half.replace(path)
+
+
+def draw(result: dict, stem: Path) -> list[Path]:
+    """All figures of a result; returns their paths."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130, "legend.frameon": False})
+    arms, bases, out = [arm["name"] for arm in result["arms"]], result["bases"], []
+    colour, panels = dict(zip(arms, COLOURS)), partial(plt.subplots, 1, layout="constrained")
+    def finish(figure, suffix: str) -> None:
+        out.append(stem.with_name(stem.name + suffix + ".png"))
+        write(out[-1], lambda path: figure.savefig(path, format="png"))
+        plt.close(figure)
+    figure, axes = panels(3, figsize=(12, 3.6))
+    for i, arm in enumerate(arms):
+        each, mean, se = values(result, arm, "kl")
+        axes[0].bar(i, mean, 0.6, yerr=se if se == se else 0, capsize=3, color=colour[arm], alpha=0.4)
+        axes[0].plot([i] * len(each), each, "o", ms=4, color=colour[arm])
+        axes[0].text(i + 0.08, mean, f"{mean:.2g}", va="bottom")
+        for row, base in zip((row for row in result["rows"] if row["arm"] == arm), bases):
+            trace, label = [base, *row["trace"]], arm if base is bases[0] else None
+            for axis, key in zip(axes[1:], ("success", "kl")):
+                axis.plot([p["a"] for p in trace], [p[key] for p in trace], "o-"[len(trace) > 2 :], ms=4, lw=1, color=colour[arm], label=label)
+    finest = [bases[0], *max((row["trace"] for row in result["rows"] if row["seed"] == bases[0]["seed"]), key=len)]
+    axes[1].plot([p["a"] for p in finest], [p["target_success"] for p in finest], "k--", label="target rho_a")
+    axes[0].set_xticks(range(len(arms)), arms, rotation=20)
+    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e. and each of {len(bases)} seeds")
+    axes[1].set(xlabel="tilt a", ylabel="rho_theta(r = 1)", ylim=(0, 1), title="success along the tilt, each seed")
+    axes[2].set(xlabel="tilt a", ylabel="KL(rho_a || rho_theta), nats", ylim=(0, None), title="distance to the tilt along the way")
+    axes[1].legend()
+    finish(figure, "_anneal" if result["ablate"] is None else "")
+    if result["ablate"] is None:
+        rows = {arm: next(row for row in result["rows"] if row["arm"] == arm) for arm in arms}
+        target = {"occupancy": bases[0].get("target_occupancy"), "success": finest[-1]["target_success"]}
+        heats, walls = {"base": bases[0]} | ({"exact target": target} if result["exact"] else {}) | rows, torch.tensor(result["walls"])
+        figure, axes = panels(len(heats), figsize=(13, 2.6))
+        for axis, (name, data) in zip(axes, heats.items()):
+            image = axis.imshow(torch.tensor(data["occupancy"]).view_as(walls).where(walls == 0, math.nan), vmin=0, vmax=1, cmap="cividis")
+            axis.set(facecolor="#b04030", xticks=[], yticks=[], title=f"{name}\nsuccess {data['success']:.2g}")
+            for letter, cell in (("S", 0), ("G", len(walls) - 1)):
+                axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
+        figure.colorbar(image, ax=axes, label="share of paths through")
+        finish(figure, "_maze")
+        figure, axes = panels(len(arms), figsize=(13, 2.8), sharey=True)
+        for axis, arm in zip(axes, arms):
+            shares, goals = (torch.tensor([row[key] for row in result["rows"] if row["arm"] == arm]) for key in ("paths", "target_paths"))
+            axis.bar(range(shares.shape[1]), shares.mean(0), color=colour[arm], alpha=0.4)
+            axis.plot(shares.T, "o", ms=3, color=colour[arm])
+            axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
+            axis.set(title=f"{arm}\n{values(result, arm, 'modes')[1]:.2f} effective of {values(result, arm, 'target_modes')[1]:.2f}",
+                     xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 1))
+        axes[0].set_ylabel("probability given success")
+        axes[0].legend()
+        finish(figure, "_paths")
+    if result["extra"]:
+        tilts = sorted({p["a"] for p in result["extra"]})
+        figure, axes = panels(len(tilts), figsize=(12, 3.2), sharey=True)
+        for axis, (a, arm) in ((axis, (a, arm)) for axis, a in zip(axes, tilts) for arm in arms):
+            points = [p for p in result["extra"] if p["a"] == a and p["name"] == arm]
+            axis.set(title=f"exact teacher at a = {a:g}", xlabel="tilt increment h" if len(points) > 1 else "decoding order")
+            if len(points) > 1:
+                axis.loglog([p["x"] for p in points], [p["y"] for p in points], "o-", ms=3, color=colour[arm], label=arm)
+            else:
+                axis.bar(arm, points[0]["y"], color=colour[arm], alpha=0.6, label=f"{points[0]['y']:.2g}")
+            axis.legend(fontsize=7)
+        axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
+        finish(figure, "_exact")
+    return out
+
+
+# ---- 7. The command line -------------------------------------------------------------------------
+def main() -> None:
+    parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
+    parser.add_argument("--ablate", choices=[name for name in ARMS if name], help="the arms of one question (default: the five main arms)")
+    parser.add_argument("--seeds", type=int, help="seeds, each with its own base model (default: one per process, 1 with --quick)")
+    parser.add_argument("--quick", action="store_true", help=f"under 45 s on 2 cores: {QUICK}")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
+    parser.add_argument("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on cuda and mps)")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures and JSON (default figures)")
+    parser.add_argument("--plot-only", action="store_true", help="redraw the figures of every JSON in --out")
+    for f in fields(Config):
+        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{f.metadata['help']} (default {f.default})",
+                            choices=("away", "towards") if f.name == "walker" else None)
+    args = parser.parse_args()
+    if args.plot_only:
+        found = sorted(args.out.glob("*.json"))
+        print(*(path for file in found for path in draw(json.loads(file.read_text()), file.with_suffix(""))), sep="\n")
+        return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
+    cfg = Config(**((QUICK if args.quick else {}) | {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}))
+    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = auto if args.device == "auto" else args.device
+    jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
+    seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
+    numbers, most = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, max(arm.phases or cfg.phases for arm in ARMS[args.ablate])
+    wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items() if name != "walker" and not 0 < x < math.inf]
+    wrong += [f"{most} phases need at least {most} --steps and --rollouts"] * (min(cfg.steps, cfg.rollouts) < most)
+    wrong += [f"--width {cfg.width} must be even, for two attention heads"] * (cfg.width % 2)
+    wrong += [f"--grid {cfg.grid} must be at least 4, where mazes have several optimal paths"] * (cfg.grid < 4)
+    try:
+        parser.error(wrong[0]) if wrong else None
+        torch.zeros(1, device=device)
+        args.out.mkdir(parents=True, exist_ok=True)
+    except (RuntimeError, AssertionError, OSError) as error:
+        parser.error(f"--device {device} or --out {args.out} cannot be used: {str(error).splitlines()[0]}")
+    print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
+    result = experiment(cfg, args.ablate, list(range(seeds)), device, jobs)
+    print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
+    parts = ["quick"] * args.quick + [f"ablate_{args.ablate}" if args.ablate else "main"]
+    stem = args.out / "_".join(parts + [f"grid{cfg.grid}"] * (cfg.grid != 4) + [cfg.walker] * (cfg.walker != "away"))
+    write(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1)))
+    print("wrote", *[stem.with_suffix(".json"), *draw(result, stem)])
+
+
+if __name__ == "__main__":
+    main()
