@@ -51,9 +51,9 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor | No
     """The weight w (B,) that carries rho_a to rho_{a+h}, for rewards r (B,).
         rho_{a+h}(x) = rho_a(x) e^{h r(x)} / Z,    Z = E_a[e^{h r}]                             (D1)
 
-    `normalize` divides by the batch mean, or by the mean over each prompt's completions if `group` (B,)
-    holds prompt ids. A factor that depends on the prompt alone moves no minimiser, and with E[w] = 1 the
-    constant c = 1 is near the best at every h; raw weights outgrow it, and raise when they overflow.
+    `normalize` divides by the batch mean, or by the mean over each prompt's completions if `group` (B,) holds
+    prompt ids. E[w] per prompt moves no minimiser (its estimate does, by O(1/completions)), and with E[w] = 1
+    the constant c = 1 is near the best at every h; raw weights outgrow it, and raise when they overflow.
     """
     s = h * _wide(torch.as_tensor(r))
     _need(s.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -62,9 +62,9 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor | No
         return s.exp()
     ids, which = (torch.zeros_like(s) if group is None else group).unique(return_inverse=True)
     _need(which.shape == s.shape, f"tilt_weight: group {tuple(which.shape)} must match r {tuple(s.shape)}")
-    top = s.new_full(ids.shape, -torch.inf).scatter_reduce(0, which, s, "amax")
+    top = s.new_full(ids.shape, -torch.inf).scatter_reduce(0, which.flatten(), s.flatten(), "amax")
     w = (s - top[which]).exp()
-    return w / s.new_zeros(ids.shape).scatter_reduce(0, which, w, "mean", include_self=False)[which]
+    return w / s.new_zeros(ids.shape).scatter_reduce(0, which.flatten(), w.flatten(), "mean", include_self=False)[which]
 
 
 # ---- 2. The loss ---------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _log_likelihoods(logits: Tensor, logits_a: Tensor, x1: Tensor) -> tuple[Tens
     """log pi_theta(x1_i) and E_{v ~ pi_a} log pi_theta(v), each (...): no second (..., V) target needed."""
     logits = _wide(logits)
     lse = logits.logsumexp(-1)
-    hit = logits.gather(-1, x1[..., None])[..., 0]
+    hit = logits.gather(-1, x1[..., None].long())[..., 0]
     base = (_wide(logits_a.detach()).softmax(-1) * logits).sum(-1)
     return hit - lse, base - lse
 
@@ -132,7 +132,7 @@ def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
 
     One L-th part of the order-agnostic likelihood bound, as the number k of masks is uniform on 1..L:
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x_i|xt)]  >=  -log rho_theta(x)            (D6)"""
-    count, loss = mask.sum(-1, keepdim=True), loss[mask] if loss.dim() > 1 else loss
+    count, loss = mask.sum(-1, keepdim=True), loss[mask] if loss.shape == mask.shape else loss
     _need((count > 0).all(), "row_mean: a row has no masked position, hence no loss; drop that row")
     share = (1 / (count * len(mask)).to(_wide(loss).dtype)).expand(mask.shape)[mask]
     _need(loss.shape == share.shape, f"row_mean: loss {tuple(loss.shape)} does not fit {len(share)} masked positions")
@@ -151,7 +151,7 @@ def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> t
     """
     w, _ = _checked(logits, logits_a, x1, w)
     p, p_a = (_wide(t.detach()).softmax(-1) for t in (logits, logits_a))
-    hit, hit_a = (t.gather(-1, x1[..., None])[..., 0] for t in (p, p_a))
+    hit, hit_a = (t.gather(-1, x1[..., None].long())[..., 0] for t in (p, p_a))
     q = (1 - 2 * hit_a + p_a.square().sum(-1)).clamp_min(1e-12)  # both dot products without building e
     return w * (1 - hit - hit_a + (p * p_a).sum(-1)) / q, q
 
@@ -264,7 +264,7 @@ def sample(model: Callable, xt: Tensor, mask_id: int, order: str = "random", blo
                 noise = torch.rand(xt.shape, generator=generator, device=xt.device)
                 where = masked & (_ranks(noise.masked_fill(~masked, -1)) < quota)
             commit, logits = where, model(xt, where)
-            if ban_mask and mask_id < logits.shape[-1]:
+            if ban_mask and 0 <= mask_id < logits.shape[-1]:
                 logits = logits.clone()
                 logits[:, mask_id] = -torch.inf
             token = _draw(logits, temperature, generator)
@@ -297,7 +297,7 @@ def dmpo_weights(r: Tensor, log_cur: Tensor, log_pre: Tensor, alpha: float, c: f
 def dmpo_loss(logits: Tensor, x1: Tensor, weight: Tensor) -> Tensor:
     """-weight log pi_theta(x1_i), shapes as `c_dtm_loss`: (D3) at c = 0. DMPO sums over rows, `row_mean` does not."""
     weight, _ = _checked(logits, logits, x1, weight)
-    return -weight * _wide(logits).log_softmax(-1).gather(-1, x1[..., None])[..., 0]
+    return -weight * _wide(logits).log_softmax(-1).gather(-1, x1[..., None].long())[..., 0]
 
 
 # ---- 8. Exact oracles for small V and L; MASK = V ------------------------------------------------

@@ -55,7 +55,6 @@ BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
 def option(default, help):
     return field(default=default, metadata={"help": help})
 
-
 @dataclass
 class Config:
     grid: int = option(4, "side of the maze in cells; above 4 the KL is sampled")
@@ -384,8 +383,8 @@ def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=
     start, maze = time.time(), make_maze(cfg)
     trace = list(tilt(Judge(maze, load(weights, cfg, maze, device), device, seed), arm, cfg, seed, tick))
     known = [p["grad_var"] for p in trace if p["grad_var"] is not None]
-    grad_var = sum(known) / len(known) if known else None
-    return {"arm": arm.name, "seed": seed} | trace[-1] | {"grad_var": grad_var, "seconds": time.time() - start, "trace": trace}
+    end = trace[-1] | {"grad_var": sum(known) / len(known) if known else None, "seconds": time.time() - start}
+    return {"arm": arm.name, "seed": seed} | end | {"trace": [{k: v for k, v in p.items() if not isinstance(v, list)} for p in trace]}
 
 
 def run(tasks: list, jobs: int, bar: tqdm):
@@ -410,25 +409,25 @@ def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, j
     with tqdm(total=work, unit="row", unit_scale=True, smoothing=0.05) as bar:
         for b in run([partial(base_task, cfg, s, device) for s in seeds], jobs, bar):
             bases.append(b)
-            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}" + (
-                f", KL(walker || rho_0) {b['kl_walker']:.3f} nats; sum rho_A^2 / rho_0 over twice the rollouts is {b['need']:.3f}: "
-                f"{'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} (the line is near .01)" if b["exact"] else ""))
+            verdict = f"{b['need']:.3f}, {'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} (line: .01)" if b["exact"] else "unknown"
+            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}; sum rho_A^2 / rho_0 over twice the rollouts: {verdict}")
         for row in run([partial(arm_task, cfg, b["seed"], device, b["weights"], arm) for arm in arms[::-1] for b in bases], jobs, bar):
             rows.append(row)
             error = "" if row["kl_se"] == 0 else f" +- {row['kl_se']:.3f} (trust it if its sample is large: ESS {row['kl_ess']:.0%})"
-            bar.write(f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}{error}, success {row['success']:.3f} of {row['target_success']:.3f}, "
-                      f"effective optimal paths {row['modes']:.2f} of {row['target_modes']:.2f}, {row['seconds']:.0f} s")
-    rows.sort(key=lambda row: ([arm.name for arm in arms].index(row["arm"]), row["seed"]))
+            bar.write(f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}{error}, success {row['success']:.3f} of "
+                      f"{row['target_success']:.3f}, effective optimal paths {row['modes']:.2f} of {row['target_modes']:.2f}, {row['seconds']:.0f} s")
+    names, cpuinfo = [arm.name for arm in arms], Path("/proc/cpuinfo")
+    cpu = [line.split(": ")[1] for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else []) if "model name" in line]
     bases.sort(key=lambda b: b["seed"])
-    info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     judge = Judge(maze, load(bases[0]["weights"], cfg, maze, "cpu"), "cpu", 0) if bases[0]["exact"] else None
     return {
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "ablate": ablate, "exact": bases[0]["exact"],
         "seeds": seeds, "seconds": time.time() - start, "config": asdict(cfg), "arms": [asdict(arm) for arm in arms],
-        "machine": {"cpu": next((line.split(": ")[1] for line in info if "model name" in line), platform.machine()), "cores": os.cpu_count(), "processes": jobs, "device": device},
+        "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(), "processes": jobs, "device": device},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "networkx": nx.__version__},
-        "walls": maze.walls, "moves": maze.paths.tolist(), "rows": rows, "extra": exact_teachers(judge, cfg, ablate) if judge else [],
+        "walls": maze.walls, "moves": maze.paths.tolist(), "extra": exact_teachers(judge, cfg, ablate) if judge else [],
         "bases": [{k: v for k, v in b.items() if k != "weights"} for b in bases],
+        "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
 
 
@@ -509,7 +508,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
     finest = [bases[0], *max((row["trace"] for row in result["rows"] if row["seed"] == bases[0]["seed"]), key=len)]
     axes[1].plot([p["a"] for p in finest], [p["target_success"] for p in finest], "k--", label="target rho_a")
     axes[0].set_xticks(range(len(arms)), arms, rotation=20)
-    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e. and each of {len(bases)} seeds")
+    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e., each of {len(bases)} seeds")
     axes[1].set(xlabel="tilt a", ylabel="rho_theta(r = 1)", ylim=(0, 1), title="success along the tilt, each seed")
     axes[2].set(xlabel="tilt a", ylabel="KL(rho_a || rho_theta), nats", ylim=(0, None), title="distance to the tilt along the way")
     axes[1].legend()
@@ -533,7 +532,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
             axis.plot(shares.T, "o", ms=3, color=colour[arm])
             axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
             axis.set(title=f"{arm}\n{values(result, arm, 'modes')[1]:.2f} effective of {values(result, arm, 'target_modes')[1]:.2f}",
-                     xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 1))
+                     xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 0.8))
         axes[0].set_ylabel("probability given success")
         axes[0].legend()
         finish(figure, "_paths")
@@ -577,7 +576,8 @@ def main() -> None:
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
     numbers, most = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, max(arm.phases or cfg.phases for arm in ARMS[args.ablate])
-    wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items() if name != "walker" and not 0 < x < math.inf]
+    wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items()
+             if name != "walker" and not 0 < x < math.inf]
     wrong += [f"{most} phases need at least {most} --steps and --rollouts"] * (min(cfg.steps, cfg.rollouts) < most)
     wrong += [f"--width {cfg.width} must be even, for two attention heads"] * (cfg.width % 2)
     wrong += [f"--grid {cfg.grid} must be at least 4, where mazes have several optimal paths"] * (cfg.grid < 4)
@@ -590,9 +590,9 @@ def main() -> None:
     print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
     result = experiment(cfg, args.ablate, list(range(seeds)), device, jobs)
     print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
-    parts = ["quick"] * args.quick + [f"ablate_{args.ablate}" if args.ablate else "main"]
-    stem = args.out / "_".join(parts + [f"grid{cfg.grid}"] * (cfg.grid != 4) + [cfg.walker] * (cfg.walker != "away"))
-    write(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(result, indent=1)))
+    parts = (args.quick and "quick", f"ablate_{args.ablate}" if args.ablate else "main", cfg.grid != 4 and f"grid{cfg.grid}")
+    stem = args.out / "_".join(part for part in (*parts, cfg.walker != "away" and cfg.walker) if part)
+    write(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(result)))
     print("wrote", *[stem.with_suffix(".json"), *draw(result, stem)])
 
 
