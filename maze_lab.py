@@ -469,9 +469,9 @@ def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
 def table(result: dict) -> str:
     how = "all exact" if result["exact"] else "KL and target success from 512 samples a seed, the rest exact"
     lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; {how}.", " " * 16 + "".join(f"{t:>17}" for t in COLUMNS.values())]
-    for arm in result["arms"]:
-        cells = (values(result, arm["name"], key)[1:] for key in COLUMNS)
-        lines.append(f"{arm['name']:>16}" + "".join(f"{'-' if m != m else f'{m:.3f}' + (f' +- {s:.3f}' if s == s else ''):>17}" for m, s in cells))
+    show = lambda m, se: "-" if m != m else f"{m:.0f}" if m > 99 else f"{m:.3f}" + (f" +- {se:.3f}" if se == se else "")
+    for arm in (arm["name"] for arm in result["arms"]):
+        lines.append(f"{arm:>16}" + "".join(f"{show(*values(result, arm, key)[1:]):>17}" for key in COLUMNS))
     return "\n".join(lines)
 
 

@@ -107,7 +107,8 @@ def test_every_canvas_and_the_schedule():
     masks = torch.stack([(c == V).sum(1) for c in canvases])
     assert masks.tolist() == [[3, 2, 0], [2, 1, 0], [1, 0, 0], [0, 0, 0]]
     wide = lambda xt, where: torch.zeros(int(where.sum()), 5)
-    for order, steps, left in product(("random", "state", "confidence"), (3,), ([8, 5, 2, 0],)):  # 8 in 3: 3, 3, 2
+    schedules = ((3, [8, 5, 2, 0]), (5, [8, 6, 4, 2, 1, 0]), (20, list(range(8, -1, -1))))  # 8 in 3 steps: 3, 3, 2
+    for order, (steps, left) in product(("random", "state", "confidence"), schedules):
         canvases = list(dtm.sample(wide, torch.full((2, 8), 9), 9, order=order, steps=steps, generator=Generator().manual_seed(0)))
         assert [(c == 9).sum(1).tolist() for c in canvases] == [[k, k] for k in left]
 
