@@ -73,7 +73,6 @@ class Config:
 
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
 
-
 @dataclass
 class Arm:
     """One way from rho_0 to rho_A. All arms share the base, the number of rollouts and of gradient steps."""
@@ -519,7 +518,8 @@ def draw(result: dict, stem: Path) -> list[Path]:
         heats, walls = {"base": bases[0]} | ({"exact target": target} if result["exact"] else {}) | rows, torch.tensor(result["walls"])
         figure, axes = panels(len(heats), figsize=(13, 2.6))
         for axis, (name, data) in zip(axes, heats.items()):
-            image = axis.imshow(torch.tensor(data["occupancy"]).view_as(walls).where(walls == 0, math.nan), vmin=0, vmax=1, cmap="cividis")
+            heat = torch.tensor(data["occupancy"]).view_as(walls).where(walls == 0, math.nan)
+            image = axis.imshow(heat.numpy(), vmin=0, vmax=1, cmap="cividis")
             axis.set(facecolor="#b04030", xticks=[], yticks=[], title=f"{name}\nsuccess {data['success']:.2g}")
             for letter, cell in (("S", 0), ("G", len(walls) - 1)):
                 axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
@@ -527,7 +527,7 @@ def draw(result: dict, stem: Path) -> list[Path]:
         finish(figure, "_maze")
         figure, axes = panels(len(arms), figsize=(13, 2.8), sharey=True)
         for axis, arm in zip(axes, arms):
-            shares, goals = (torch.tensor([row[key] for row in result["rows"] if row["arm"] == arm]) for key in ("paths", "target_paths"))
+            shares, goals = (torch.tensor([row[key] for row in result["rows"] if row["arm"] == arm]).numpy() for key in ("paths", "target_paths"))
             axis.bar(range(shares.shape[1]), shares.mean(0), color=colour[arm], alpha=0.4)
             axis.plot(shares.T, "o", ms=3, color=colour[arm])
             axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
@@ -544,9 +544,9 @@ def draw(result: dict, stem: Path) -> list[Path]:
             axis.set(title=f"exact teacher at a = {a:g}", xlabel="tilt increment h" if len(points) > 1 else "decoding order")
             if len(points) > 1:
                 axis.loglog([p["x"] for p in points], [p["y"] for p in points], "o-", ms=3, color=colour[arm], label=arm)
+                axis.legend(fontsize=7)
             else:
-                axis.bar(arm, points[0]["y"], color=colour[arm], alpha=0.6, label=f"{points[0]['y']:.2g}")
-            axis.legend(fontsize=7)
+                axis.bar_label(axis.bar(arm, points[0]["y"], color=colour[arm], alpha=0.6), fmt="%.2f")
         axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
         finish(figure, "_exact")
     return out
