@@ -298,7 +298,7 @@ def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float
     law of the reward matters, so it runs on the reward's values."""
     values, which = r.double().unique(return_inverse=True)
     p = torch.zeros_like(values).index_add(0, which, rho_0)
-    low, high, steps = 1e-6, 1.0, []
+    low, high, steps = 1e-6, 1.0, [a_end / phases] * phases  # equal steps where no size above 1e-6 will do
     for _ in range(25):
         mid = (low + high) / 2
         rule = lambda a: dtm.next_h(values, mid, a_end - a, p=dtm.exact_tilt(p, values, a))
@@ -313,7 +313,7 @@ def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
     net, g = load(judge.base.state_dict(), cfg, maze, device), Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     baseline, star = StateBaseline(maze.L).to(device), 1.0
-    # Adam's state lives on over the phases; the paper clears it, which here costs steps at each start.
+    # Adam's state lives on over the phases; the release clears it, which here costs steps at each start.
     optimiser, baseline_optimiser, steps = adam(net), adam(baseline), cfg.steps // count
     frozen = lambda: tabulate(net, maze.L, device) if judge.exact else load(net.state_dict(), cfg, maze, device)
     teacher, x1, r, done = frozen(), None, None, 0

@@ -67,6 +67,16 @@ def test_the_worked_example_of_the_docstring():
     assert r.tolist() == pytest.approx([1, 1 / 6]) and len(MAZE.paths) == 5
 
 
+def test_the_walker_drifts_as_it_says():
+    graph, delta = graph_of(MAZE), [(-1, 0), (0, 1), (1, 0), (0, -1)]
+    for towards, drift in ((False, (0, 3)), (True, (1, 2))):
+        maze = maze_lab.Maze(MAZE.walls, towards)
+        for i, j in graph:
+            free = [graph.has_edge((i, j), (i + di, j + dj)) for di, dj in delta]
+            weight = torch.tensor([(2.0 if k in drift else 1.0) if free[k] else 0.3 for k in range(4)])
+            torch.testing.assert_close(maze.policy[i * maze.n + j], weight / weight.sum())
+
+
 def test_walks_follow_their_law():
     n, x = 40_000, dtm.all_sequences(V, MAZE.L)
     law = MAZE.walk_law(x)
@@ -123,6 +133,9 @@ def test_judge_knows_the_exact_answers():
     found = judge(perfect, 3.0)
     assert found["kl"] == pytest.approx(0, abs=1e-5) and found["kl_modes"] == pytest.approx(0, abs=1e-5)
     assert found["success"] == pytest.approx(found["target_success"], rel=1e-4) and found["modes"] == pytest.approx(found["target_modes"], rel=1e-4)
+    given = target[[(judge.x == path).all(1).nonzero().item() for path in MAZE.paths]]
+    given, other = given / given.sum(), judge(random_net(1), 3.0)  # another law over the optimal paths than the target's
+    assert other["target_modes"] == pytest.approx((-(given * given.log()).sum()).exp().item()) != pytest.approx(other["modes"], rel=1e-3)
     assert judge(net, 3.0)["kl"] == pytest.approx((target * (target / judge.rho_0).log()).sum().item())
     assert found["occupancy"][0] == 1 and found["occupancy"][-1] == pytest.approx(found["success"], rel=1e-4)
 
@@ -150,6 +163,8 @@ def test_equal_ess_schedule():
         p, w = dtm.exact_tilt(rho, r, sum(steps[:i])), torch.exp(h * r.double())
         sizes.append(((p * w).sum() ** 2 / (p * w**2).sum()).item())
     assert max(sizes) - min(sizes) < 1e-3 and sizes[0] < 0.99
+    rare = torch.tensor([1.0, 1e-12]).double()  # one jump of size 1e-12: no schedule keeps 1e-6, the steps must still arrive
+    assert maze_lab.equal_ess(rare, torch.tensor([0.0, 1.0]), 40.0, 1) == [40.0]
 
 
 # ---- the loop ------------------------------------------------------------------------------------
@@ -166,7 +181,9 @@ def test_base_training_learns_the_walker():
 @pytest.mark.parametrize("arm", [arm for arms in maze_lab.ARMS.values() for arm in arms if arm.phases in (None, 1)], ids=lambda arm: arm.name)
 def test_every_arm_runs_and_the_same_seed_gives_the_same_run(arm):
     base = base_net()
-    runs = [list(maze_lab.tilt(Judge(SMALL, base, "cpu", 0), arm, CFG, seed, quiet)) for seed in (0, 0, 1)]
+    restless = lambda rows: torch.rand(rows)  # what others draw from the global generator must not matter
+    ticks = ((0, quiet), (0, restless), (1, quiet))
+    runs = [list(maze_lab.tilt(Judge(SMALL, base, "cpu", 0), arm, CFG, seed, tick)) for seed, tick in ticks]
     assert runs[0] == runs[1] != runs[2]
     assert runs[0][-1]["a"] == pytest.approx(CFG.a_end) and len(runs[0]) == (arm.phases or CFG.phases)
     assert math.isfinite(runs[0][-1]["kl"]) and sum(p["h"] for p in runs[0]) == pytest.approx(CFG.a_end)
