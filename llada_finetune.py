@@ -94,9 +94,9 @@ def check_config(config: dict) -> dict:
         got = config.get(key, None if key in FIXED else value)
         need(got == value or got is None and key in same,
              f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)")
-    for key in SIZES:
-        got = config.get(key)
-        need(type(got) in (int, float) and (got > 0 or key.endswith("_id")), f"config.json: {key} is {got!r}, expected a positive number")
+    for key, value in SIZES.items():
+        got, kinds = config.get(key), (int,) if type(value) is int else (int, float)
+        need(type(got) in kinds and (got > 0 or got == 0 and key.endswith("_id")), f"config.json: {key} is {got!r}, no positive {kinds[-1].__name__}")
     need(config["d_model"] % (2 * config["n_heads"]) == 0, "config.json: d_model must be an even multiple of n_heads")
     return config
 
@@ -448,10 +448,11 @@ def sudoku_reward(text: str, row: dict) -> float:
     return 2 * right / cells if cells else 2.0 * sudoku_solved(text, row)
 
 def number(text: str | None) -> Fraction | None:
-    """An integer, decimal or fraction with commas, a sign, $ or %; None for anything else."""
-    plain = re.sub(r"\\?[,$%\s]", "", text or "").removesuffix(".")
-    fits = re.fullmatch(r"[-+]?([0-9]{1,30}(\.[0-9]{1,30})?|\.[0-9]{1,30}|[0-9]{1,30}/[1-9][0-9]{0,30})", plain)
-    return Fraction(plain) if fits else None
+    """An integer, decimal or fraction, with a sign, commas between thousands, $ or %; None for anything else."""
+    plain = re.sub(r"^([-+]?)\\?\$|\\?[$%]$", r"\1", (text or "").strip().replace("{,}", ",").removesuffix("."))
+    whole = r"([0-9]{1,3}(,[0-9]{3}){1,9}|[0-9]{1,30})"
+    fits = re.fullmatch(rf"[-+]?({whole}(\.[0-9]{{1,30}})?|\.[0-9]{{1,30}}|{whole}/0*[1-9][0-9]{{0,30}})", plain)
+    return Fraction(plain.replace(",", "")) if fits else None
 
 def gsm8k_correct(text: str, row: dict) -> bool:
     got = number(extract(text, box_anywhere=True))
@@ -472,6 +473,9 @@ def math_correct(text: str, row: dict) -> bool:
     got, gold = extract(text, box_anywhere=True) or "", last_box(row["answer"]) or row["answer"]
     if not got or len(got) > 300 or "".join(got.split()) == "".join(gold.split()):
         return 0 < len(got) <= 300
+    grow = math.prod(max(1, int(n)) for n in re.findall(r"[0-9]{1,20}", got.partition("^")[2]))  # a tower of powers never ends
+    if grow > 10**6 or "!" in got or re.search(r"\^\W*\w+\W*\^", got) or last_box(rf"\boxed{{{got}}}") != got:
+        return False
     from math_verify import parse, verify
     try:
         return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{got}}}")))
@@ -512,7 +516,7 @@ def sudoku_worked(row: dict) -> str:
         left = {i: {*"1234"} - {grid[j] for u in UNITS if i in u for j in u} for i in range(16) if grid[i] == "0"}
         i = min(left, key=lambda i: len(left[i]))
         grid[i] = row["solution"][i]
-        lines.append(f"Row {i // 4 + 1}, column {i % 4 + 1}: " + (f"only {grid[i]} is left." if len(left[i]) == 1 else f"{grid[i]} works out."))
+        lines.append(f"Row {i // 4 + 1}, column {i % 4 + 1}: " + (f"only {grid[i]} is left." if len(left[i]) == 1 else f"try {grid[i]}; it works out."))
     return "<reasoning>\n" + "\n".join(lines) + f"\n</reasoning>\n<answer>\n{''.join(grid)}\n</answer>"
 
 def sudoku_prompt(row: dict) -> str:
@@ -585,24 +589,35 @@ TASKS = {
     "toy": Task(lambda split: sudoku_rows(split, 4, 10), lambda row: row["puzzle"], tagged(sudoku_reward), tagged(sudoku_solved), 2.0,
                 GRID, tagged(sudoku_cells))}
 
+def tidy(task: str, raw: dict) -> dict:
+    """A record of a file as a row; raises one of several errors if it is none."""
+    row = {key: next(raw[n] for n in names if raw.get(n) not in (None, "")) for key, names in TASKS[task].keys.items()}
+    if task == "countdown":
+        numbers = row["numbers"] if isinstance(row["numbers"], list) else re.findall(r"[^\s,\[\]]+", row["numbers"])
+        row = {"numbers": [int(str(n)) for n in numbers], "target": int(str(row["target"]))}
+        good = 1 <= len(numbers) <= 6 and min(row["numbers"]) >= 0
+    elif "puzzle" in row:
+        kinds = re.fullmatch("[0-4]{16}", row["puzzle"]) and re.fullmatch("[1-4]{16}", row["solution"])
+        good = kinds is not None and sudoku_solved(f"<answer>{row['solution']}</answer>", row)
+    else:
+        good = isinstance(row["question"], str) and bool(row["answer"].strip())
+        good = good and (task == "math" or number(row["answer"].rpartition("####")[2]) is not None)
+    need(good, "not a row")
+    return row
+
 def read_rows(path: str, task: str) -> list[dict]:
-    """The rows of a .jsonl or .csv file; the first line that is none is named."""
+    """The rows of a .jsonl or .csv file in UTF-8; the first line that is none is named."""
     need(Path(path).is_file() and Path(path).suffix in (".jsonl", ".csv"), f"no data file {path!r}; expected FILE.jsonl or FILE.csv")
-    rows, text = [], Path(path).read_text().splitlines(keepends=True)
-    table = csv.DictReader(text) if path.endswith(".csv") else map(json.loads, text)
-    checks = {"countdown": lambda row: 1 <= len(row["numbers"]) <= 6, "math": lambda row: len(row["question"] + row["answer"]),
-              "gsm8k": lambda row: number(row["answer"].rpartition("####")[2]) is not None}
-    for line in itertools.count(1):
-        try:
-            if (raw := next(table, None)) is None:
-                break
-            row = {key: next(raw[n] for n in names if raw.get(n)) for key, names in TASKS[task].keys.items()}
-            if task == "countdown":
-                row = {"numbers": [int(n) for n in re.findall(r"\d+", str(row["numbers"]))], "target": int(row["target"])}
-            need(bool(checks.get(task, lambda row: sudoku_solved(f"<answer>{row['solution']}</answer>", row))(row)), "not a row")
-            rows.append(row)
-        except (ValueError, TypeError, KeyError, IndexError, AttributeError, StopIteration):
-            raise ValueError(f"{path}, line {getattr(table, 'line_num', line)}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
+    rows = []
+    with open(path, encoding="utf-8", newline="") as file:
+        table = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, file)
+        for line in itertools.count(1):
+            try:
+                if (raw := next(table, file)) is file:
+                    break
+                rows.append(tidy(task, raw))
+            except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
+                raise ValueError(f"{path}, line {getattr(table, 'line_num', line)}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
     need(bool(rows), f"{path} holds no rows")
     return rows
 
@@ -800,7 +815,7 @@ class ControlVariate:
     teacher's final hidden state (or itself, if it is no wider). More numbers would learn a buffer's w by heart."""
 
     def __init__(self, kind: str, width: int, device: torch.device):
-        self.kind, self.beta, k = kind, None, min(width, 64)
+        self.kind, self.beta, self.fitted, k = kind, None, kind in ("star", "learned"), min(width, 64)
         project = torch.eye(k) if k == width else torch.randn(width, k, generator=Generator().manual_seed(0)) * width**-0.5
         self.project, n = project.to(device), 1 + k * (kind == "learned")
         self.seen, self.new = (torch.zeros(n, n + 1, device=device, dtype=torch.float64) for _ in range(2))
@@ -809,19 +824,21 @@ class ControlVariate:
         return F.pad(hidden.float() @ self.project, (1, 0), value=1.0)[:, :len(self.seen)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        fitted = self.kind in ("star", "learned")
-        constant = 1.0 if fitted else float(self.kind)
-        return self.phi(hidden) @ self.beta if fitted and self.beta is not None else hidden.new_full((len(hidden),), constant).float()
+        constant = 1.0 if self.fitted else float(self.kind)
+        return torch.full((len(hidden),), constant, device=hidden.device) if self.beta is None else self.phi(hidden) @ self.beta
 
     def see(self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor) -> None:
         """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives a position."""
+        if not self.fitted:
+            return
         (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
         self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat([phi, y[:, None].float()], 1).double()
 
     def fit(self, ranks: Ranks) -> None:
         """At the end of a step, so that c never depends on the batch it serves; the same on all ranks."""
-        self.seen, self.new = 0.95 * self.seen + ranks.gather(self.new[None]).sum(0), torch.zeros_like(self.new)
-        self.solve()
+        if self.fitted:
+            self.seen, self.new = 0.95 * self.seen + ranks.gather(self.new[None]).sum(0), torch.zeros_like(self.new)
+            self.solve()
 
     def solve(self) -> None:  # a ridge on all but the mean: a poor fit falls back on c*
         G, b = self.seen[:, :-1], self.seen[:, -1]
@@ -835,11 +852,12 @@ class Run:
     def __init__(self, cfg: SimpleNamespace, ranks: Ranks, rows: list[dict]):
         need(not cfg.shard or ranks.size > 1, "--shard needs torchrun and more than one rank")
         self.cfg, self.ranks, self.out, folder = cfg, ranks, Path(cfg.out), locate(cfg.model)
+        self.text = Text(folder, read_json(folder / "config.json"))
         self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, prepare=shard if cfg.shard else None)
         config, maps, seed = self.model.config, PAPER if cfg.lora == "paper" else list(MAPS), cfg.seed + ranks.rank
-        self.model.checkpointing, self.text = cfg.checkpointing, Text(folder, config)
+        self.model.checkpointing = cfg.checkpointing
         self.student, self.teacher = (LoRA(config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed).to(ranks.device) for _ in range(2))
-        self.teacher.to(ranks.dtype).requires_grad_(False)  # what the matrix products would round it to in any case
+        self.teacher.eval().to(ranks.dtype).requires_grad_(False)  # what the matrix products would round it to in any case
         self.model.adapters.update({"student": self.student, "teacher": self.teacher})
         self.generator = Generator(ranks.device).manual_seed(seed)
         torch.manual_seed(seed)
@@ -920,7 +938,7 @@ def checkpoints(out: Path) -> list[Path]:
 def read_log(out: Path) -> list[dict]:
     """The records of a run; a killed one may end in half a line."""
     need((out / "metrics.jsonl").is_file(), f"{out} holds no metrics.jsonl; expected the folder of a run")
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 def shard(model: LLaDA) -> None:
     """FSDP2 on the frozen base, a block at a time; adapters come later and stay whole."""
@@ -1129,7 +1147,7 @@ def toy(cfg: SimpleNamespace, ranks: Ranks) -> None:
         if got := evaluate(run, test, cfg.gen_length, temperature=temperature):
             run.say(f"base, test rows, temperature {temperature:g}: {show(got)}")
             run.log(kind="base", temperature=temperature, **got)
-    train(run, task_rows(cfg, "valid"), test)
+    train(run, task_rows(cfg, "valid")[:cfg.eval_rows], test)
     if ranks.rank == 0:
         curve, minutes = [r for r in read_log(run.out) if r["kind"] == "eval" and r["split"] == "test"], (time.perf_counter() - start) / 60
         best = curve[run.state["best_phase"]]
@@ -1197,23 +1215,25 @@ def plot(runs: list[Path], to: Path) -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    table = [{"run": run.name, "settings": read_json(run / "config.json"), "log": read_log(run)} for run in runs]
-    write(to.with_suffix(".json"), {"command": "python llada_finetune.py " + " ".join(sys.argv[1:]), "runs": table})
+    keys = {"kind", "split", "phase", "total", "n", "solved_se", "cells_se", *PANELS}
+    log = lambda run: [{k: v for k, v in record.items() if k in keys} for record in read_log(run)]
+    table = [{"run": run.name, "settings": read_json(run / "config.json"), "log": log(run)} for run in runs]
+    write(to.with_suffix(".json"), json.dumps({"command": "python llada_finetune.py " + " ".join(sys.argv[1:]), "runs": table}) + "\n")
     fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
     colours = dict(zip(sorted({r["settings"]["c"] for r in table}), itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))))
-    for (axis, (key, title)), (c, colour) in itertools.product(zip(axes.flat, PANELS.items()), colours.items()):
-        logs, by_phase = [r["log"] for r in table if r["settings"]["c"] == c], key in ("solved", "cells")
-        split = "test" if any(e.get("split") == "test" for e in logs[0]) else "valid"
-        lines = [[(e["phase" if by_phase else "total"], e[key]) for e in log if key in e and (e.get("split") == split if by_phase else e["kind"] == "step")]
-                 for log in logs]
-        for line in filter(None, lines):
-            axis.plot(*zip(*line), color=colour, lw=0.8, alpha=0.6)
-        if by_phase and all(lines):
-            axis.plot([sum(p[1] for p in points) / len(lines) for points in zip(*lines)], color=colour, lw=2.5, marker="o",
-                      label=f"c: {c}, mean of {len(lines)}, {split} rows")
-            axis.legend(loc="lower right")
-        axis.set(title=title, xlabel="phase" if by_phase else "optimiser step", ylim=(0, 1) if by_phase else None)
-        axis.set_ylim(bottom=0 if by_phase or key not in ("c", "kl") else None)
+    for axis, (key, title) in zip(axes.flat, PANELS.items()):
+        by_phase, tests = key in ("solved", "cells"), any(e.get("split") == "test" for r in table for e in r["log"])
+        chosen = lambda e: key in e and (e.get("split") == ("test" if tests else "valid") if by_phase else e["kind"] == "step")
+        for c, colour in colours.items():
+            lines = [[(e["phase" if by_phase else "total"], e[key]) for e in r["log"] if chosen(e)] for r in table if r["settings"]["c"] == c]
+            for line in filter(None, lines):
+                axis.plot(*zip(*line), color=colour, lw=0.8, alpha=0.6)
+            if by_phase and all(lines):
+                mean = [sum(p[1] for p in points) / len(lines) for points in zip(*lines)]
+                axis.plot(mean, color=colour, lw=2.5, marker="o", label=f"c: {c}, mean of {len(lines)} runs")
+                axis.legend(loc="lower right", title="test rows" if tests else "validation rows")
+        axis.set(title=title, xlabel="phase" if by_phase else "optimiser step")
+        axis.set_ylim(*(0, 1.02) if by_phase else (min(0, axis.get_ylim()[0]),))
         axis.grid(alpha=0.3)
     fig.savefig(to.with_suffix(".png"), dpi=100)
 
