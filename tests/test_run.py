@@ -55,7 +55,7 @@ def base(tmp_path_factory):
     [p.mul_(3) for name, p in model.named_parameters() if "_proj" in name or "_out" in name]  # answers that differ from prompt to prompt
     model.save_pretrained(folder)
     problems = [{"numbers": [7 * i, i + 1, 90 - i], "target": 1 + i * i % 97} for i in range(80)]
-    for task, rows in {"toy": TASKS["toy"].rows("valid")[:80], "countdown": problems}.items():
+    for task, rows in {"toy": TASKS["toy"].rows("valid")[:80], "test": TASKS["toy"].rows("test")[:9], "countdown": problems}.items():
         (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
 
@@ -75,8 +75,8 @@ def expected_weights(cfg, data, h):
 def test_the_loop(base, tmp_path, given, monkeypatch):
     cfg = small(base, tmp_path, **given)
     run, terms = llada.start_run(cfg, Ranks()), llada.loss_terms
-    path, ends, grads, open_phase = [values(run.student)], [], [], run.open_phase
-    run.adam.register_step_post_hook(lambda *_: path.append(values(run.student)))
+    path, ends, grads, rates, open_phase = [values(run.student)], [], [], [], run.open_phase
+    run.adam.register_step_post_hook(lambda adam, *_: path.append(values(run.student)) or rates.append(adam.param_groups[0]["lr"]))
 
     def checked(run, student, part, w):
         h = min(run.state["h"][-1], cfg.a_end - sum(run.state["h"][:-1]))
@@ -109,6 +109,7 @@ def test_the_loop(base, tmp_path, given, monkeypatch):
     assert (steps[n]["kl"] < 1e-6) == (cfg.dropout == 0) and steps[n - 1]["kl"] > 1e-6  # a phase starts at its teacher
     means = torch.stack(grads).view(len(steps), cfg.accum * (4 if cfg.objective == "dmpo" else 1), -1).mean(1)  # over a step's passes
     near(means.norm(dim=1), torch.tensor([e["grad_norm"] for e in steps]))
+    assert rates == [e["lr"] for e in steps] == [llada.learning_rate(cfg, i) for _ in range(count) for i in range(n)]
     near(torch.tensor([steps[-1]["reward"], steps[-1]["reward_sd"]]).double(), torch.stack([r.mean(), r.std(correction=0)]))
     assert sum(steps[-1]["reward_hist"]) == len(r) == cfg.prompts * cfg.completions and 0 <= r.min() and r.max() <= TASKS[cfg.task].top
     w = torch.exp(steps[-1]["h"] * r)
@@ -209,8 +210,8 @@ llada_finetune.main()"""
 
 def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     monkeypatch.setattr(llada, "make_toy", lambda *_: pytest.fail("--model names a base already"))
-    flags = (f"--toy --model {base} --data {base}/toy.jsonl --prompts 16 --batch 4 --accum 2 --steps_per_h 8 --save_every 3 --refresh 4 "
-             "--c learned --refresh_steps 3 --ema .8 --dropout .1 --ess .4 --h 9 --a_end 20 --rank 4 --lr .01 --eval_rows 6 --out").split()
+    flags = (f"--toy --model {base} --data {base}/toy.jsonl --test_data {base}/test.jsonl --prompts 16 --batch 4 --accum 2 --steps_per_h 8 "
+             "--save_every 3 --refresh 4 --c learned --refresh_steps 3 --ema .8 --dropout .1 --ess .4 --h 9 --a_end 20 --rank 4 --lr .01 --eval_rows 6 --out").split()
     whole, out = tmp_path / "whole", tmp_path / "killed"
     llada.main([*flags, str(whole)])
     assert subprocess.run([sys.executable, "-c", DIES, *flags, str(out)], **CHILD).returncode == -9
@@ -233,7 +234,7 @@ def two_ranks(base, out):
     ranks, more = Ranks(), dict(c="learned", normalize="batch", dropout=0.1, ema=0.5, refresh=4, refresh_steps=2)
     fit, steps, found = ControlVariate.fit, itertools.count(1), {}
     for name in ("whole", "cut", "stopped"):
-        run = llada.start_run(small(base, out / name, shard=name == "cut", **more), ranks)
+        run = llada.start_run(small(base, out / name, shard=name == "cut", checkpointing=name == "cut", **more), ranks)
         with suppress(ZeroDivisionError):
             ControlVariate.fit = fit if name != "stopped" else lambda *args: fit(*args) if next(steps) < 8 else 1 / 0
             llada.train(run, run.buffer.rows[:4])
