@@ -22,7 +22,8 @@ from llada_finetune import TASKS, ControlVariate, Ranks
 FILE, TORCHRUN = Path(llada.__file__), [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 SIZE = llada.TOY | dict(d_model=32, n_layers=1, n_heads=2, mlp_hidden_size=48)
 STEP = set("kind total phase a h loss kl c ess reward reward_sd reward_hist grad_norm lr skipped seconds tokens_per_s gpu_gb".split())
-CHILD = dict(capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(FILE.parent), "OMP_NUM_THREADS": "1"})
+CHILD = dict(capture_output=True, text=True, timeout=300,
+             env=os.environ | dict(PYTHONPATH=str(FILE.parent), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES=""))
 read = lambda path: [*map(json.loads, path.read_text().splitlines())]
 records = lambda out: [{k: v for k, v in r.items() if k not in ("seconds", "tokens_per_s")} for r in read(out / "metrics.jsonl")]
 values = lambda module: {k: p.detach().clone() for k, p in module.named_parameters()}
@@ -57,7 +58,9 @@ def base(tmp_path_factory):
     problems = [{"numbers": [7 * i, i + 1, 90 - i], "target": 1 + i * i % 97} for i in range(80)]
     for task, rows in {"toy": TASKS["toy"].rows("valid")[:80], "test": TASKS["toy"].rows("test")[:9], "countdown": problems}.items():
         (folder / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:  # bit for bit, hence on the CPU
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        yield folder
 
 # ---- the loop ------------------------------------------------------------------------------------
 def expected_weights(cfg, data, h):
@@ -211,7 +214,8 @@ llada_finetune.main()"""
 def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, monkeypatch):
     monkeypatch.setattr(llada, "make_toy", lambda *_: pytest.fail("--model names a base already"))
     flags = (f"--toy --model {base} --data {base}/toy.jsonl --test_data {base}/test.jsonl --prompts 16 --batch 4 --accum 2 --steps_per_h 8 "
-             "--save_every 3 --refresh 4 --c learned --refresh_steps 3 --ema .8 --dropout .1 --ess .4 --h 9 --a_end 20 --rank 4 --lr .01 --eval_rows 6 --out").split()
+             "--save_every 3 --refresh 4 --refresh_steps 3 --c learned --ema .8 --dropout .1 --ess .4 --h 9 --a_end 20 --rank 4 --lr .01 "
+             "--eval_rows 6 --out").split()
     whole, out = tmp_path / "whole", tmp_path / "killed"
     llada.main([*flags, str(whole)])
     assert subprocess.run([sys.executable, "-c", DIES, *flags, str(out)], **CHILD).returncode == -9

@@ -75,11 +75,12 @@ CASES = [  # task, target and numbers or gold answer, right answers, wrong answe
      "|5|= 5|5 = 2*4-3|2+3|2+3+4|2*4-3+2-2|23-4|02*4-3|2.0*4-3|2*4-3.|٢*٤-٣|\uff12*4-3|2*4-3;|2*4-3 # 9|{2*4}-3|(2)(3)(4)|2/(4-4)-3|"
      "__import__('os')|" + "9**" * 20 + "9|" + "9" * 2000 + "|" + "(" * 2000 + "2*4-3" + ")" * 2000), ("countdown", "8 2 3", None, "2**3"),
     ("countdown", "24 3 8 8 3", "8/(3-8/3)", "3*8"), ("countdown", "1 1 3 3", r"1*3\div3", None), ("countdown", "2 5 2", None, "5//2|5/2"),
-    ("gsm8k", "Add.\n#### 1,234", r"1234|1,234|$1,234|\$1,234.00|1234.|01234|1234\%", "1234 eggs|١٢٣٤|1 2 3 4|12, 34|-1234|123400|"),
+    ("gsm8k", "Add.\n#### 1,234", r"1234|1,234|$ 1,234|\$1,234.00|1234.|01234|1234 \%", "1234 eggs|١٢٣٤|1 2 3 4|12, 34|-1234|123400|"),
     ("gsm8k", "#### -5", "-5|-$5|-10/2|-5%", "5|--5|-5/0"), ("gsm8k", "12", "12", "1\n2|1.2e1"), ("gsm8k", "nan", None, "nan|"),
-    ("gsm8k", "15.5", "31/2", "3 1/2"), ("math", r"\sqrt{8}", r"2\sqrt{2}", "2.828|7^{7^{9}}"), ("math", "5" * 301, None, "5" * 301),
-    ("math", r"\frac{1}{2}", r"0.5|1/2|\frac12|\boxed{\frac{1}{2}}", "-0.5|2|1/0||0.51"), ("math", "(1,2)", "( 1,2 )", "(2,1)"),
-    ("math", r"First \boxed{4}, but $\boxed{1{,}235}$.", "1235|1,235", "4|1235}6|4, 1235|٣"), ("math", "(x+1)^2", "x^2+2x+1", "x^2+1|x")]
+    ("gsm8k", "15.5", "31/2", "3 1/2"), ("math", r"\sqrt{8}", r"2\sqrt{2}", r"2.828|7^{7^{9}}|\binom{1000000000}{500000000}"),
+    ("math", r"\frac{1}{2}", r"0.5|1/2|\frac12|\boxed{\frac{1}{2}}", "-0.5|2|1/0||0.51"), ("math", "5" * 301, None, "5" * 301),
+    ("math", r"First \boxed{4}, but $\boxed{1{,}235}$.", "1235|1,235", "4|1235}6|4, 1235|٣"), ("math", "(1,2)", "( 1,2 )", "(2,1)"),
+    ("math", "(x+1)^2", "x^2+2x+1", "x^2+1|x"), ("math", "x^2+3000x+4000", "x^{2}+3000x+4000|4000+x^2+3000x", "x^2+4000x+3000")]
 @cases("task, gold, answer, right", [
     (task, gold, x, right) for task, gold, *both in CASES for right, xs in zip((True, False), both) for x in (xs or "|").split("|") if xs])
 def test_right_and_wrong_answers(task, gold, answer, right):
@@ -115,8 +116,7 @@ def test_any_text_has_a_reward_that_tells_right_from_wrong(task, least, most):  
         assert least - .001 * len(text) * (task == "gsm8k") <= reward <= TASKS[task].top if right else 0 <= reward <= most
         seen.add(right)
     seen = set()
-    check()
-    assert seen == {True, False}
+    assert check() is None and seen == {True, False}
 
 # ---- rows ----------------------------------------------------------------------------------------
 def left(grid, i):
@@ -169,8 +169,7 @@ FILES = [  # task, kind, text, its row or what the error says
     ("math", "csv", 'question,answer\n"a\nb",5\nc\n', "line 4: no"), ("math", "csv", 'problem,answer\n"' + "x" * 200_000, "line .: no")]
 LINES = [("countdown", x) for x in ("{", "[]", "7", "null", "")] + [(task, json.dumps(ROWS[task] | {key: x})) for task, key, *xs in [
     ("countdown", "numbers", [], [1.5, 2], [-1, 2]), ("countdown", "target", "x", 2.5), ("sudoku", "puzzle", "02", "0" * 17, "." * 16),
-    ("sudoku", "solution", OTHER, int(GRID), " ".join(GRID)), ("gsm8k", "answer", "?"), ("gsm8k", "question", 7), ("math", "answer", 5)]
-    for x in xs]
+    ("sudoku", "solution", OTHER, int(GRID), " " + GRID), ("gsm8k", "answer", "?", 5), ("math", "question", 7)] for x in xs]
 FILES += [(task, "jsonl", "\n".join([json.dumps(ROWS[task]), x, json.dumps(ROWS[task])]), "a.jsonl, line 2: no") for task, x in LINES]
 @cases("task, kind, text, expected", FILES, ids=itertools.count())
 def test_read_rows_reads_a_row_or_names_the_line_that_is_none(tmp_path, task, kind, text, expected):
