@@ -298,6 +298,7 @@ def test_bad_input_is_one_line(base, tmp_path, monkeypatch):
     assert "config.json is missing" in complaint("--resume", out)
     monkeypatch.setattr(dtm, "next_h", lambda *_: 0.0)
     assert "does not lead to a_end" in complaint(**cfg | {"ess": 0.9})
+    (out / ".half-step-0000003").mkdir()
     assert f"{out} has no checkpoint" in complaint("--resume", out) and f"{out} holds a run: --resume" in complaint(**cfg)
     monkeypatch.setattr(dtm, "sample", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB")))
     message = complaint(**cfg | {"out": tmp_path / "other"})
