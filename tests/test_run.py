@@ -117,6 +117,7 @@ def test_the_loop(base, tmp_path, given, monkeypatch):
     assert sum(steps[-1]["reward_hist"]) == len(r) == cfg.prompts * cfg.completions and 0 <= r.min() and r.max() <= TASKS[cfg.task].top
     w = torch.exp(steps[-1]["h"] * r)
     assert steps[-1]["ess"] == pytest.approx(float(w.mean()**2 / w.square().mean())) and min(e["ess"] for e in steps) > cfg.ess - 1e-6
+    assert not cfg.ess or all(e["h"] == cfg.h or e["ess"] == pytest.approx(cfg.ess, abs=1e-3) for e in steps[:-n])
     assert [e["c"] == 1 for e in steps[:2]] == [cfg.c in ("1", "star", "learned"), cfg.c == "1"]
     best = max(evals, key=lambda e: e["solved"])
     assert (run.state["best_phase"], run.state["best"]) == (best["phase"], best["solved"]) and (tmp_path / "best").is_dir()
