@@ -242,7 +242,8 @@ def weight_map(folder: Path) -> dict[str, str]:
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists() and not index.exists():
         return {name: single.name for name, _ in read_shard(single)}
-    files = read_json(index).get("weight_map") or {}
+    files = read_json(index).get("weight_map")
+    need(isinstance(files, dict) and all(isinstance(file, str) for file in files.values()), f"{index} has no valid weight_map; download it again")
     lost = [file for file in files.values() if not (folder / file).is_file()]
     need(files and not lost, f"{folder / lost[0] if lost else 'the weight_map of ' + str(index)} is missing; download it again")
     return files
@@ -297,6 +298,9 @@ class LoRA(nn.Module):
     def load(cls, folder: Path, config: dict) -> "LoRA":
         """A PEFT folder that adapts nothing but a block's maps."""
         saved, tensors = read_json(folder / "adapter_config.json"), dict(read_shard(folder / "adapter_model.safetensors"))
+        odd = [k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(k)]
+        need(not odd, f"{folder}: {', '.join(odd)} in adapter_config.json is not supported")
+        need(all(type(saved.get(k)) in (int, float) for k in ("r", "lora_alpha")), f"{folder}: adapter_config.json lacks r or lora_alpha")
         maps = [m for m in MAPS if any(f".{m}.lora_" in k for k in tensors)]
         lora = cls(config, maps, saved.get("r", 0), saved.get("lora_alpha", 0), saved.get("lora_dropout", 0))
         shapes = lambda d: {k: t.shape for k, t in d.items()}
@@ -337,7 +341,10 @@ class Text:
     def __init__(self, folder: Path, config: dict):
         from tokenizers import Tokenizer
         need((folder / "tokenizer.json").is_file(), f"{folder / 'tokenizer.json'} is missing; copy it from the original checkpoint")
-        self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as e:  # the library raises nothing narrower
+            raise ValueError(f"{folder / 'tokenizer.json'} is torn or no tokenizer ({str(e)[:80]}); get it again") from None
         self.chat = self.tok.token_to_id("<|start_header_id|>") is not None  # LLaDA-8B-Base has no chat tokens
         self.ends = {config["eos_token_id"], self.tok.token_to_id("<|eot_id|>")}
 
@@ -1327,7 +1334,7 @@ def main(argv: list[str] | None = None) -> None:
         return merge(locate(cfg.model), Path(args.adapter), Path(args.merge))
     if args.eval:
         return test_table(cfg, ranks, args.adapter, args.lengths or [cfg.gen_length, 2 * cfg.gen_length])
-    train(start_run(cfg, ranks), task_rows(cfg, "valid")[:cfg.eval_rows])
+    train(start_run(cfg, ranks), task_rows(cfg, "valid")[:cfg.eval_rows], task_rows(cfg, "test") if cfg.task == "toy" else [])
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ pieces = lambda n, some: st.lists(st.sampled_from(some), max_size=n).map("".join
 
 @pytest.fixture(autouse=True)
 def bounded_time(monkeypatch):
-    monkeypatch.setattr(signal, "alarm", lambda seconds: signal.setitimer(signal.ITIMER_REAL, seconds / 5))  # math-verify's 5 s are 1
-    clock = time.perf_counter()
+    monkeypatch.setattr(signal, "SIGALRM", signal.SIGVTALRM)  # math-verify's alarm after 5 s rings after 1 s of processor time
+    monkeypatch.setattr(signal, "alarm", lambda seconds: signal.setitimer(signal.ITIMER_VIRTUAL, seconds / 5))
+    clock = time.process_time()
     yield
-    assert time.perf_counter() - clock < 30
+    assert time.process_time() - clock < 30
 
 # ---- rewards -------------------------------------------------------------------------------------
 @cases("task, right, wrong, asked", [("countdown", "2*4-3", "2+3", "[2, 3, 4] to make exactly 5"), ("sudoku", GRID, "", NEAR["puzzle"]),
@@ -119,8 +120,7 @@ def test_any_text_has_a_reward_that_tells_right_from_wrong(task, least, most):  
     assert check() is None and seen == {True, False}
 
 # ---- rows ----------------------------------------------------------------------------------------
-def left(grid, i):
-    return {*"1234"} - {grid[j] for j in range(16) if j // 4 == i // 4 or j % 4 == i % 4 or (j // 8, j % 4 // 2) == (i // 8, i % 4 // 2)}
+left = lambda grid, i: {*"1234"} - {grid[j] for j in range(16) if 0 in ((i ^ j) & 12, (i ^ j) & 3, (i ^ j) & 10)}  # row, column, box
 
 def solve(grid):  # every solution, by backtracking
     i = grid.find("0")
@@ -221,10 +221,10 @@ def test_presets_are_the_published_ones():
     assert all(settings(task, objective=o, seed=7).out.endswith(f"{task}-7") for task in TASKS for o in ("dtm", "dmpo"))
 
 WORDS = "task chess, objective ppo, normalize all, lora none, order left, c -1 x nan 1;"
-NUMBERS = """lr -1e-6 0 inf nan, h 0 nan, batch 0 -4 21, accum 0 21, seed -1, ess 1 -.1, dropout 1, ema 1 1.5, temperature -1 inf, rank 0,
+NUMBERS = """lr -1e-6 0 inf nan, h 0 nan, batch 0 -4 21, accum 0 81, seed -1, ess 1 -.1, dropout 1, ema 1 1.5, temperature -1 inf, rank 0,
 clip 0, gen_length 100 0, block 0 512 48, steps 0 100 4, refresh 81 -1, eval_rows -1"""
-SETS = [{"data": __file__, "test_data": __file__}, {"refresh": 1, "objective": "dmpo"}, {"completions": 1, "objective": "dmpo", "batch": 1}]
+SETS = [{"data": __file__, "test_data": __file__}] + [{k: v, "objective": "dmpo"} for k, v in (("c", "1"), ("refresh", 1), ("completions", 1))]
 @cases("given", SETS + [{k: kind(x)} for kind, t in [(str, WORDS), (float, NUMBERS)] for k, *v in map(str.split, t.split(",")) for x in v])
 def test_a_bad_setting_is_named(given):
     with pytest.raises(ValueError, match=rf"--{next(iter(given))}\b"):
-        settings(**{"task": "sudoku"} | given)
+        settings(**{"task": "sudoku", "batch": 1} | given)
