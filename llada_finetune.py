@@ -477,14 +477,15 @@ def gsm8k_reward(text: str, row: dict) -> float:
 
 def heavy(text: str) -> bool:
     """Whether it has powers or factorials that could fill the memory; math-verify would not come back from them."""
-    grow = 1
-    for power in re.finditer(r"\^\s*", text):
+    grow = most = 1
+    for power in re.finditer(r"([)}]?)\s*\^\s*", text):
         rest = text[power.end():]
         part = last_box(r"\boxed" + rest) if rest.startswith("{") else re.match(r"\([^)]*|\w*", rest)[0]
         if part is None or "^" in part:
             return True
-        grow *= math.prod(max(1, int(n)) for n in re.findall("[0-9]+", part))
-    return grow > 10**6 or "!" in text or r"\boxed" in text
+        grow = (grow if power[1] else 1) * math.prod(max(1, int(n)) for n in re.findall("[0-9]+", part))  # (b^m)^n: m n
+        most = max(most, grow)
+    return most > 10**6 or "!" in text or r"\boxed" in text
 
 def math_correct(text: str, row: dict) -> bool:
     """The same string, or the same for math-verify; a gold answer may be a whole solution with its box."""
