@@ -85,7 +85,8 @@ USUAL = dict(architectures=["LLaDAModelLM"], alibi=False, attention_layer_norm=F
 CONFIG_8B = SIZES | FIXED | USUAL
 # A block's linear maps with their (rows, columns): ff_proj is Llama's gate, up_proj its up, ff_out its down map.
 MAPS = {"q_proj": "dd", "k_proj": "dd", "v_proj": "dd", "attn_out": "dd", "ff_proj": "md", "up_proj": "md", "ff_out": "dm"}
-PAPER = ["q_proj", "k_proj", "v_proj", "up_proj"]
+PAPER = ["q_proj", "k_proj", "v_proj", "up_proj"]  # what released code really adapts
+ADAPTED = {"all": [*MAPS], "paper": PAPER}
 
 def check_config(config: dict) -> dict:
     """Refuses what this model does not compute (LLaDA-MoE also says `llada`). Keys of USUAL may be missing."""
@@ -241,23 +242,29 @@ def weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file, from the index or from a single file without one."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists() and not index.exists():
-        return {name: single.name for name, _ in read_shard(single)}
+        with open_shard(single) as file:
+            return {name: single.name for name in file.keys()}
     files = read_json(index).get("weight_map")
     need(isinstance(files, dict) and all(isinstance(file, str) for file in files.values()), f"{index} has no valid weight_map; download it again")
     lost = [file for file in files.values() if not (folder / file).is_file()]
     need(files and not lost, f"{folder / lost[0] if lost else 'the weight_map of ' + str(index)} is missing; download it again")
     return files
 
-def read_shard(path: Path, names: list[str] | None = None):
-    """Yields (name, tensor), one at a time."""
+@contextlib.contextmanager
+def open_shard(path: Path):
     try:
         with safe_open(path, framework="pt") as file:
-            lost = set(names or []) - set(file.keys())
-            need(not lost, f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again")
-            for name in names or file.keys():
-                yield name, file.get_tensor(name)
+            yield file
     except (SafetensorError, OSError) as e:
         raise ValueError(f"{path} is torn or no safetensors file ({str(e)[:80]}); get it again") from None
+
+def read_shard(path: Path, names: list[str] | None = None):
+    """Yields (name, tensor), one at a time."""
+    with open_shard(path) as file:
+        lost = set(names or []) - set(file.keys())
+        need(not lost, f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again")
+        for name in names or file.keys():
+            yield name, file.get_tensor(name)
 
 # ---- 3. LoRA: two adapters on one base -----------------------------------------------------------
 class LoRA(nn.Module):
@@ -302,7 +309,7 @@ class LoRA(nn.Module):
         need(not odd, f"{folder}: {', '.join(odd)} in adapter_config.json is not supported")
         need(all(type(saved.get(k)) in (int, float) for k in ("r", "lora_alpha")), f"{folder}: adapter_config.json lacks r or lora_alpha")
         maps = [m for m in MAPS if any(f".{m}.lora_" in k for k in tensors)]
-        lora = cls(config, maps, saved.get("r", 0), saved.get("lora_alpha", 0), saved.get("lora_dropout", 0))
+        lora = cls(config, maps, saved["r"], saved["lora_alpha"], saved.get("lora_dropout", 0))
         shapes = lambda d: {k: t.shape for k, t in d.items()}
         need(shapes(lora.peft()) == shapes(tensors), f"{folder}: the adapter does not fit the base model")
         for k, p in lora.peft().items():
@@ -403,7 +410,8 @@ def extract(text: str, box_anywhere: bool = False) -> str | None:
     if start < 0:
         return last_box(text) if box_anywhere else None
     inside = text[start + len("<answer>"):text.find("</answer>", start)]
-    return inside.strip() if last_box(inside) is None else last_box(inside)
+    box = last_box(inside)
+    return inside.strip() if box is None else box
 
 def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
     """Value and numbers of an expression in integers, + - * / and parentheses, exactly; None for anything else. The text is
@@ -442,8 +450,8 @@ def sudoku_digits(text: str) -> str:
 
 def sudoku_cells(text: str, row: dict) -> tuple[int, int]:
     """(right, all) of the cells that were empty, against the stored solution."""
-    empty = [i for i in range(16) if row["puzzle"][i] == "0"]
-    return sum(sudoku_digits(text)[i] == row["solution"][i] for i in empty), len(empty)
+    grid, empty = sudoku_digits(text), [i for i in range(16) if row["puzzle"][i] == "0"]
+    return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
 
 def sudoku_solved(text: str, row: dict) -> bool:
     """A valid grid that keeps the clues, be it the stored solution or not."""
@@ -549,16 +557,19 @@ def countdown_prompt(row: dict) -> str:
             "<answer>\n2*4-3\n</answer>")
 
 @functools.cache
-def countdown_rows(split: str) -> list[dict]:
-    """Solvable problems, 3 numbers and a target in 1..100, all different over the splits: 20,000, 256 and 256."""
+def countdown_problems() -> list[dict]:
+    """20,512 different solvable problems, 3 numbers and a target in 1..100."""
     draw, rows = random.Random(0), {}
     while len(rows) < 20512:
         a, b, c = numbers = [draw.randint(1, 100) for _ in range(3)]
         p, q = draw.choices("+-*/", k=2)
         got = arithmetic(draw.choice((f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})")))
         if got and got[0].denominator == 1 and 1 <= got[0] <= 100:
-            rows[*sorted(numbers), got[0]] = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
-    return [*rows.values()][{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
+            rows[(*sorted(numbers), got[0])] = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
+    return [*rows.values()]
+
+def countdown_rows(split: str) -> list[dict]:
+    return countdown_problems()[{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
 
 def cut(rows: list[dict], split: str) -> list[dict]:
     """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
@@ -872,7 +883,7 @@ class Run:
         self.cfg, self.ranks, self.out, folder = cfg, ranks, Path(cfg.out), locate(cfg.model)
         self.text = Text(folder, read_json(folder / "config.json"))
         self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, prepare=shard if cfg.shard else None)
-        config, maps, seed = self.model.config, PAPER if cfg.lora == "paper" else list(MAPS), cfg.seed + ranks.rank
+        config, maps, seed = self.model.config, ADAPTED[cfg.lora], cfg.seed + ranks.rank
         self.model.checkpointing = cfg.checkpointing
         self.student, self.teacher = (LoRA(config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed).to(ranks.device) for _ in range(2))
         self.teacher.eval().to(ranks.dtype).requires_grad_(False)  # what the matrix products would round it to in any case
@@ -1001,7 +1012,7 @@ def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tupl
         kl = F.kl_div(logits.float().log_softmax(-1), logits_a.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
         return loss, torch.stack([loss, row_mean(kl, mask), c.mean()]).double()
 
-def train(run: Run, valid: list[dict], test: list[dict] = ()) -> None:
+def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
     """The algorithm, in the order of the head of this file. Validation rows choose RUN/best; test rows are only reported."""
     cfg, ranks, state, buffer, model, top = run.cfg, run.ranks, run.state, run.buffer, run.model, TASKS[run.cfg.task].top
     student, asked, seconds, clock = parallel(model, ranks), itertools.count(), dict(rollout=0.0, train=0.0, eval=0.0), time.perf_counter()
@@ -1072,8 +1083,8 @@ def train(run: Run, valid: list[dict], test: list[dict] = ()) -> None:
             if state["total"] % cfg.save_every == 0 and step + 1 < cfg.steps_per_h:
                 run.save()
         if n == state["phase"]:  # the boundary: teacher <- student or its average
-            run.teacher.follow(run.ema or dict(run.student.named_parameters()))
-            run.student.follow(run.ema or dict(run.student.named_parameters()))
+            for adapter in (run.teacher, run.student):
+                adapter.follow(run.ema or dict(run.student.named_parameters()))
             run.open_phase()
             state.update(phase=n + 1, step=0)
             look(a + h)
@@ -1179,7 +1190,7 @@ def plan(cfg: SimpleNamespace, config: dict, gpus: int, tflops: float) -> dict:
     FLOPs a token; a backward pass through the frozen base costs one more forward. Every prompt counts as --prompt_length."""
     d, m, n, V = (config[k] for k in ("d_model", "mlp_hidden_size", "n_layers", "vocab_size"))
     body, T, masks = n * (4 * d * d + 3 * d * m), cfg.prompt_length + cfg.gen_length, (cfg.block + 1) / 2
-    total, trainable = body + 2 * V * d + (2 * n + 1) * d, n * cfg.rank * sum(sum(sizes(config, k)) for k in (PAPER if cfg.lora == "paper" else MAPS))
+    total, trainable = body + 2 * V * d + (2 * n + 1) * d, n * cfg.rank * sum(sum(sizes(config, k)) for k in ADAPTED[cfg.lora])
     forward = T * (2 * (body + trainable) + 4 * d * n * T) + 2 * d * V * masks
     fills = (cfg.steps_per_h - 1) // cfg.refresh_steps if cfg.refresh and cfg.refresh_steps else 0
     answers, count = gpus * cfg.completions * (cfg.prompts + fills * cfg.refresh), sum(1 for _ in phases(cfg.a_end, cfg.h))
