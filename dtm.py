@@ -277,6 +277,12 @@ def sample(model: Callable, xt: Tensor, mask_id: int, order: str = "random", blo
 
 
 # ---- 7. The sibling: DMPO (yuchen-zhu-zyc/DMPO 96af1a4) ------------------------------------------
+def mask_bernoulli(x1: Tensor, generator: Generator | None = None) -> Tensor:
+    """(B, L): DMPO's states, each position masked with its row's probability .1 + .9 u, at least one."""
+    noise, u = (torch.rand(n, generator=generator, device=x1.device) for n in (x1.shape, (len(x1), 1)))
+    return (noise < 0.1 + 0.9 * u) | (noise == noise.amin(1, keepdim=True))
+
+
 def dmpo_weights(r: Tensor, log_cur: Tensor, log_pre: Tensor, alpha: float, c: float = 1.0, s: float = 1.0,
                  baseline: str = "neg", log_theta: Tensor | None = None) -> Tensor:
     """Weights (..., G) of a prompt's G completions, from rewards and log-likelihoods (..., G).

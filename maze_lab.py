@@ -31,12 +31,14 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import networkx as nx
 import torch
@@ -49,6 +51,9 @@ import dtm
 V, MASK = 4, 4
 MOVES = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}  # up, right, down, left
 EXACT_STATES = 5**6  # as many masked states are enumerated; larger grids are sampled
+TOWARDS = {"away": False, "towards": True, "even": None}
+HELD = 16  # mazes kept out of training
+DRAWS = 64  # sequences among which `found` counts optimal paths
 BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
 
 
@@ -58,7 +63,7 @@ def option(default, help):
 @dataclass
 class Config:
     grid: int = option(4, "side of the maze in cells; above 4 the KL is sampled")
-    walker: str = option("away", "base walker: away drifts from the goal, towards drifts to it (one jump will do)")
+    walker: str = option("away", "base walker: away drifts up and left, from the goal; towards drifts to it (one jump will do); even does not")
     a_end: float = option(32.0, "final tilt A, per unit of reward")
     rollouts: int = option(32768, "sequences drawn per arm, all phases together")
     steps: int = option(6400, "gradient steps per arm, all phases together")
@@ -68,9 +73,12 @@ class Config:
     base_steps: int = option(800, "gradient steps of the base model")
     base_batch: int = option(512, "walks per gradient step of the base model")
     base_lr: float = option(3e-3, "peak learning rate of the base model")
-    width: int = option(32, "model width, in 2 layers of 2 heads")
+    width: int = option(32, "model width, in layers of 2 heads")
+    layers: int = option(2, "layers of the model")
+    mazes: int = option(0, "train on so many random mazes, read as prompts, and judge on others; 0: one maze, in no prompt")
 
 
+PRESETS = {"method": {"steps": 3200}, "tune": {"steps": 3200}}  # defaults of a question that are not Config's
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
 
 @dataclass
@@ -81,33 +89,51 @@ class Arm:
     normalize: bool = True  # weights divided by their mean over the buffer
     schedule: str = "ess"  # "ess": equal exact ESS a phase; "equal": equal h; "buffer": ESS of the rollouts
     phases: int | None = None  # None: Config.phases
-    loss: str = "implicit"  # "implicit": c-DTM; "explicit": ETM; "self": self-consistent
+    loss: str = "implicit"  # "implicit": c-DTM; "explicit": ETM; "self": self-consistent; or a key of RIVALS
     order: str = "random"  # decoding order of the rollouts
+    lr: float | None = None  # None: Config.lr
+    bound: bool = False  # measure both sides of (D12) in every phase
+    ramp: float = 0.5  # rivals: share of the rounds over which the target's tilt rises; 0: none
+    each: int = 1  # rollouts of a prompt; above 1, weights are normalised over them
 
 
 ARMS = {
     None: [Arm("one_jump", "star", phases=1), Arm("c0", 0.0, False), Arm("c1", 1.0, False), Arm("cstar", "star"), Arm("state")],
-    "anneal": [Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)],
+    "anneal": [*[Arm(f"K = {k}", phases=k, bound=True) for k in (1, 2, 4, 8, 16, 32)], Arm("adaptive", schedule="buffer", bound=True)],
     "cv": [Arm("c = 0", 0.0, False), Arm("c = 0.5", 0.5, False), Arm("c = 1", 1.0, False), Arm("c = 1, w / mean", 1.0),
            Arm("c*", "star"), Arm("c(xt, i)")],
     "loss": [Arm("explicit", 1.0, False, loss="explicit"), Arm("implicit", 1.0, False), Arm("self-consistent", 1.0, False, loss="self")],
     "sampler": [Arm(order, order=order) for order in ("random", "state", "confidence")],
+    "method": [Arm("c-DTM, c(xt, i)", phases=16), Arm("c-DTM, c = 1", 1.0, False, phases=16),
+               Arm("DMPO, u", "none", loss="dmpo", phases=16), Arm("DMPO, u - v", "neg", loss="dmpo", phases=128),
+               *[Arm(name, loss=loss, phases=128) for name, loss in {
+                   "SPG": "spg", "diffu-GRPO": "diffu_grpo", "wd1": "wd1", "UniGRPO": "uni_grpo", "ELBO-REINFORCE": "elbo_reinforce",
+                   "exact REINFORCE": "exact_reinforce"}.items()]],
+    "tune": [],  # "method" at every learning rate of TUNE
+    "mazes": [Arm("raw", 1.0, False, "equal", each=8), Arm("by batch", 1.0, True, "equal"), Arm("by prompt", 1.0, True, "equal", each=8),
+              Arm("by prompt, c(xt, i)", "state", True, "equal", each=8)],
     "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
 }
+
+TUNE = (1e-4, 5e-4, 2e-3, 6e-3)
+ARMS["tune"] = [replace(arm, name=f"{arm.name} @ {lr:g}", lr=lr) for arm in ARMS["method"] for lr in TUNE]
 
 
 # ---- 1. The maze ---------------------------------------------------------------------------------
 class Maze:
-    """Walls (rows of 0 and 1) with the start top left and the goal bottom right. next (cells, 4): where each move
-    leads; progress (cells,): the reward of ending there; paths (K, L): the optimal paths as moves; policy
-    (cells, 4): the walker, weight 2 against 1 for its drift and 0.3 for a bump."""
-    def __init__(self, walls: list[list[int]], towards: bool = False):
+    """Walls (rows of 0 and 1) with a start and a goal. next (cells, 4): where each move leads; progress (cells,): the reward of
+    ending there; paths (K, L): the optimal paths as moves; policy (cells, 4): the walker, weight 2 against 1 for
+    its drift (none if `towards` is None) and 0.3 for a bump. prompted: the cells that a model must
+    read: none, for it knows the one maze (`Mazes` differ)."""
+    prompted = 0
+
+    def __init__(self, walls: list[list[int]], towards: bool | None = False, start: tuple = (0, 0), goal: tuple | None = None):
         self.walls, self.n = walls, len(walls)
-        cells = [(i, j) for i in range(self.n) for j in range(self.n)]
+        cells, goal = [(i, j) for i in range(self.n) for j in range(self.n)], goal or (self.n - 1, self.n - 1)
         graph = nx.grid_2d_graph(self.n, self.n).subgraph([cell for cell in cells if not walls[cell[0]][cell[1]]])
-        far = nx.single_source_shortest_path_length(graph, cells[-1])
-        self.L = far[cells[0]]
-        routes = nx.all_shortest_paths(graph, cells[0], cells[-1])
+        far = nx.single_source_shortest_path_length(graph, goal)
+        self.L, self.start, self.goal = far[start], start[0] * self.n + start[1], goal[0] * self.n + goal[1]
+        routes = nx.all_shortest_paths(graph, start, goal)
         self.paths = torch.tensor(sorted([MOVES[b[0] - a[0], b[1] - a[1]] for a, b in zip(p, p[1:])] for p in routes))
         self.next, weight = torch.arange(self.n**2)[:, None].repeat(1, 4), torch.full((self.n**2, 4), 0.3)
         for (i, j), (move, k) in ((cell, m) for cell in graph for m in MOVES.items()):
@@ -117,19 +143,23 @@ class Maze:
         self.policy = weight / weight.sum(1, keepdim=True)
         self.progress = torch.tensor([1 - far.get(cell, self.L) / self.L for cell in cells])
 
-    def cells(self, x1: Tensor) -> Tensor:
+    def begin(self, n: int, generator: Generator, each: int = 1) -> Tensor:
+        """The start cells (n,) of n paths."""
+        return torch.full((n,), self.start, device=generator.device)
+
+    def cells(self, x1: Tensor, start: Tensor | None = None) -> Tensor:
         """The cells (B, L + 1) on the paths x1 (B, L), start included."""
-        visited = [torch.zeros_like(x1[:, 0])]
+        visited = [torch.full_like(x1[:, 0], self.start) if start is None else start]
         for move in x1.T:
             visited.append(self.next[visited[-1], move])
         return torch.stack(visited, 1)
 
-    def reward(self, x1: Tensor) -> Tensor:
-        return self.progress[self.cells(x1.cpu())[:, -1]].to(x1.device)
+    def reward(self, x1: Tensor, start: Tensor | None = None) -> Tensor:
+        return self.progress[self.cells(x1.cpu(), None if start is None else start.cpu())[:, -1]].to(x1.device)
 
-    def walks(self, n: int, generator: Generator) -> Tensor:
+    def walks(self, n: int, generator: Generator, start: Tensor | None = None) -> Tensor:
         """n paths (n, L) of the noisy walker, the training data of the base model."""
-        cell, moves = torch.zeros(n, dtype=torch.long), []
+        cell, moves = self.begin(n, generator) if start is None else start, []
         for _ in range(self.L):
             moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
             cell = self.next[cell, moves[-1]]
@@ -140,40 +170,89 @@ class Maze:
         return self.policy[self.cells(x1)[:, :-1], x1].double().prod(1)
 
 
-def make_maze(cfg: Config) -> Maze:
-    """The default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
+class Mazes(Maze):
+    """Several mazes of one L, side by side: maze k has the cells k n^2 to (k + 1) n^2. prompt (mazes, n^2): 4 x cell + (0 free, 1 wall,
+    2 start, 3 goal), what a model reads in front of a path."""
+    def __init__(self, mazes: list[Maze], device: str):
+        self.mazes, self.L, self.n, self.prompted = mazes, mazes[0].L, mazes[0].n, mazes[0].n ** 2
+        self.next = torch.cat([maze.next + k * self.n**2 for k, maze in enumerate(mazes)])
+        self.progress, self.policy = (torch.cat([getattr(maze, name) for maze in mazes]) for name in ("progress", "policy"))
+        self.start = torch.tensor([maze.start + k * self.n**2 for k, maze in enumerate(mazes)], device=device)
+        self.prompt = torch.stack([torch.tensor(maze.walls).flatten() for maze in mazes]) + 4 * torch.arange(self.n**2)
+        for row, maze in zip(self.prompt, mazes):
+            row[maze.start] += 2
+            row[maze.goal] += 3
+        self.prompt = self.prompt.to(device)
+
+    def begin(self, n: int, generator: Generator, each: int = 1) -> Tensor:
+        """As above, from random mazes, `each` paths a maze."""
+        return self.start.to(generator.device)[torch.randint(len(self.start), (n // each,), generator=generator, device=generator.device)].repeat_interleave(each)
+
+
+def make_maze(cfg: Config, device: str = "cpu") -> Maze:
+    """`--mazes` random ones, or the default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
+    if cfg.mazes:
+        return Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[:cfg.mazes], device)
     pillars = [[int(i % 2 == j % 2 == 1 and max(i, j) < cfg.grid - 1) for j in range(cfg.grid)] for i in range(cfg.grid)]
-    return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]] if cfg.grid == 4 else pillars, cfg.walker == "towards")
+    return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]] if cfg.grid == 4 else pillars, TOWARDS[cfg.walker])
+
+
+@cache
+def draw_mazes(n: int, towards: bool | None, count: int) -> list[Maze]:
+    """Random n x n mazes with random ends, 2 to 8 optimal paths of 2 n - 2 moves, no two with the same walls; always the same."""
+    draw, found, cells = random.Random(0), {}, [(i, j) for i in range(n) for j in range(n)]
+    while len(found) < count:
+        shut, (start, goal) = draw.sample(cells, draw.randint(n // 2, 3 * n // 2)), draw.sample(cells, 2)
+        walls = [[int((i, j) in shut) for j in range(n)] for i in range(n)]
+        if str(walls) not in found and not {start, goal} & {*shut}:
+            graph = nx.grid_2d_graph(n, n).subgraph([cell for cell in cells if cell not in shut])
+            if nx.single_source_shortest_path_length(graph, goal).get(start) == 2 * n - 2:
+                maze = Maze(walls, towards, start, goal)
+                found |= {str(walls): maze} if 2 <= len(maze.paths) <= 8 else {}
+    return list(found.values())
 
 
 # ---- 2. The model and its base training ----------------------------------------------------------
 class MazeNet(nn.Module):
-    """A bidirectional transformer over partly masked paths; the model protocol of dtm.py."""
-    def __init__(self, L: int, cfg: Config):
+    """A bidirectional transformer over partly masked paths, after a prompt if there is one; the model protocol of dtm.py."""
+    def __init__(self, L: int, cfg: Config, cells: int = 0):
         super().__init__()
-        self.embed = nn.Embedding(L * (V + 1), cfg.width)  # one vector per (position, token)
+        self.embed, self.L = nn.Embedding(L * (V + 1), cfg.width), L  # one vector per (position, token)
+        self.read = nn.Embedding(4 * cells, cfg.width) if cells else None
         layer = nn.TransformerEncoderLayer(cfg.width, 2, 4 * cfg.width, dropout=0.0, batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False)
+        self.body = nn.TransformerEncoder(layer, cfg.layers, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False)
         self.head = nn.Linear(cfg.width, V)
 
-    def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
-        x = self.body(self.embed(xt + (V + 1) * torch.arange(xt.shape[1], device=xt.device)))
+    def forward(self, xt: Tensor, where: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
+        x = self.embed(xt + (V + 1) * torch.arange(self.L, device=xt.device))
+        x = x if prompt is None else torch.cat([self.read(prompt.expand(len(x), -1)), x], 1)
+        x = self.body(x)[:, -self.L:]
         return self.head(x if where is None else x[where])
 
 
 class StateBaseline(nn.Sequential):
-    """The learned control variate c(xt, i), (B, L): a small net on the one-hot state that starts near 1."""
-    def __init__(self, L: int, hidden: int = 64):
-        super().__init__(nn.Linear(L * (V + 1), hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, L))
+    """The learned control variate c(xt, i), (B, L): a small net on the one-hot state, and prompt, that starts near 1."""
+    def __init__(self, L: int, cells: int = 0, hidden: int = 64):
+        super().__init__(nn.Linear(L * (V + 1) + 4 * cells, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, L))
 
-    def forward(self, xt: Tensor) -> Tensor:
-        return 1 + super().forward(F.one_hot(xt, V + 1).float().flatten(1))
+    def forward(self, xt: Tensor, prompt: Tensor | None = None) -> Tensor:
+        state = F.one_hot(xt, V + 1).flatten(1)
+        return 1 + super().forward((state if prompt is None else torch.cat([state, F.one_hot(prompt % 4, 4).flatten(1)], 1)).float())
+
+
+def ask(model: nn.Module, maze: Maze, start: Tensor):
+    """The model of paths that begin at the cells start (B,): it reads their mazes, if there are several."""
+    return partial(model, prompt=maze.prompt[start // maze.n**2]) if maze.prompted else model
 
 
 def load(weights: dict, cfg: Config, maze: Maze, device: str) -> MazeNet:
-    net = MazeNet(maze.L, cfg)
+    net = MazeNet(maze.L, cfg, maze.prompted)
     net.load_state_dict(weights)
     return net.to(device)
+
+
+def blank(maze: Maze, n: int, device: str) -> Tensor:
+    return torch.full((n, maze.L), MASK, device=device)
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
@@ -191,12 +270,13 @@ def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
 def train_base(maze: Maze, cfg: Config, seed: int, device: str, tick) -> MazeNet:
     """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
     torch.manual_seed(seed)  # initial weights are all that torch draws without a named generator
-    net, walker, masker = MazeNet(maze.L, cfg).to(device), Generator().manual_seed(seed), Generator(device).manual_seed(seed)
+    net, walker, masker = MazeNet(maze.L, cfg, maze.prompted).to(device), Generator().manual_seed(seed), Generator(device).manual_seed(seed)
     optimiser = adam(net)
     for step in range(cfg.base_steps):
-        x1 = maze.walks(cfg.base_batch, walker).to(device)
+        start = maze.begin(cfg.base_batch, walker)
+        x1 = maze.walks(cfg.base_batch, walker, start).to(device)
         xt, mask = dtm.mask_random(x1, MASK, masker)
-        loss = dtm.row_mean(F.cross_entropy(net(xt, mask), x1[mask], reduction="none"), mask)
+        loss = dtm.row_mean(F.cross_entropy(ask(net, maze, start)(xt, mask), x1[mask], reduction="none"), mask)
         take_step(optimiser, loss, cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps))
         tick(cfg.base_batch)
     return net
@@ -209,17 +289,21 @@ def tabulate(net: nn.Module, L: int, device: str) -> dtm.Table:
     return dtm.Table(torch.cat([net(x) for x in dtm.all_sequences(V + 1, L, device).split(2**11)])).requires_grad_(False)
 
 
-@torch.no_grad()
 def sequence_law(net: nn.Module, x: Tensor) -> Tensor:
-    """rho_theta (n,) of given sequences x (n, L), exact at any V: (D11) along the 2^L ways to know part of x."""
-    known = dtm.all_sequences(2, x.shape[1], x.device).bool()
-    worth = 2 ** torch.arange(x.shape[1] - 1, -1, -1)
-    reach = F.one_hot(torch.tensor(0), len(known)).double()[:, None].repeat(1, len(x))
+    """rho_theta (n,) of given sequences x (n, L), float64, exact at any V, differentiable: (D11) along the 2^L ways to know
+    part of x. A state that several sequences share is evaluated once."""
+    L, known = x.shape[1], dtm.all_sequences(2, x.shape[1]).bool()
+    xt, worth = torch.where(known[:, None].to(x.device), x, MASK), (V + 1) ** torch.arange(L, device=x.device)  # (2^L, n, L)
+    number, which = (xt * worth).sum(-1).unique(return_inverse=True)
+    log_p = net(number[:, None] // worth % (V + 1)).double().log_softmax(-1)
+    p = log_p.exp()[which].gather(-1, x.expand_as(xt)[..., None])[..., 0].cpu()
+    flows, more = [[] for _ in known], 2 ** torch.arange(L - 1, -1, -1)  # flows[s]: what reaches the states that know s
+    flows[0] = [torch.ones(len(x)).double()]
     for s, keep in enumerate(known[:-1]):
-        p = net(torch.where(keep, x, MASK)).cpu().double().softmax(-1).gather(-1, x.cpu()[..., None])[..., 0]
-        for i in (~keep).nonzero()[:, 0].tolist():
-            reach[s + worth[i]] += reach[s] * p[:, i] / int((~keep).sum())
-    return reach[-1]
+        reach, hidden = torch.stack(flows[s]).sum(0), (~keep).nonzero()[:, 0].tolist()
+        for i in hidden:
+            flows[s + more[i]].append(reach * p[s, :, i] / len(hidden))
+    return torch.stack(flows[-1]).sum(0)
 
 
 def confidence_choice(p: Tensor) -> Tensor:
@@ -252,16 +336,34 @@ def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
     return total / (rho * w).sum().item() ** 2
 
 
+class Meter:
+    """Counts the network evaluations of a method: 1 for a sequence's forward pass, 2 more if it goes backward."""
+    def __init__(self):
+        self.spent = 0
+
+    def watch(self, model: nn.Module) -> nn.Module:
+        model.register_forward_hook(self.count)
+        return model
+
+    def count(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
+        self.spent += len(args[0]) * (3 if logits.requires_grad else 1)
+
+
 class Judge:
     """Measures models against the tilts of one base: exactly up to EXACT_STATES masked states, else from samples."""
-    def __init__(self, maze: Maze, base: nn.Module, device: str, seed: int):
-        self.maze, self.base, self.device, self.exact = maze, base, device, (V + 1) ** maze.L <= EXACT_STATES
+    def __init__(self, maze: Maze, base: nn.Module, device: str, seed: int, goal: float = 0.0):
+        self.maze, self.base, self.device, self.exact, self.goal = maze, base, device, (V + 1) ** maze.L <= EXACT_STATES, goal
         self.generator = Generator(device).manual_seed(10**6 + seed)  # the judge's own noise
         self.base_paths = sequence_law(base, maze.paths.to(device))
         if self.exact:
             self.x = dtm.all_sequences(V, maze.L)
             self.r, self.rho_0 = maze.reward(self.x), self.law(tabulate(base, maze.L, device))
             self.best = [(self.x == path).all(1).nonzero().item() for path in maze.paths]
+
+    def freeze(self, net: nn.Module, cfg: Config) -> nn.Module:
+        """A copy of net for look-ups: as a table where its states can be listed."""
+        copy = load(net.state_dict(), cfg, self.maze, self.device)
+        return tabulate(copy, self.maze.L, self.device) if self.exact else copy.requires_grad_(False)
 
     def law(self, table: dtm.Table) -> Tensor:
         return dtm.exact_marginal(dtm.Table(table.logits.cpu()), V, self.maze.L).detach()
@@ -270,6 +372,18 @@ class Judge:
         """The share of paths that touch each cell."""
         return (p[:, None] * F.one_hot(self.maze.cells(x), self.maze.n**2).amax(1)).sum(0).tolist()
 
+    def waste(self, rho: Tensor) -> float:
+        """min_a KL(rho || rho_a), nats: how far rho lies beyond the KL to the base that its expected reward costs at least. The
+        minimum is at the tilt of that reward, and equals KL(rho || rho_0) - KL(rho_a || rho_0) there."""
+        values, which = self.r.double().unique(return_inverse=True)
+        p, q = (torch.zeros_like(values).index_add(0, which, t) for t in (self.rho_0, rho))
+        low, high = -1e3, 1e3
+        for _ in range(60):
+            a = (low + high) / 2
+            low, high = (a, high) if dtm.exact_tilt(p, values, a) @ values < q @ values else (low, a)
+        return (torch.xlogy(rho, rho / dtm.exact_tilt(self.rho_0, self.r, a))).sum().item()
+
+    @torch.no_grad()
     def __call__(self, net: nn.Module, a: float, table: dtm.Table | None = None) -> dict:
         """All metrics of net against rho_a. Success, modes and kl_modes are exact at any size, since r = 1 only on
         the optimal paths; the KL is sampled above EXACT_STATES, by importance sampling with exact likelihoods."""
@@ -277,19 +391,49 @@ class Judge:
             rho, target = self.law(table or tabulate(net, self.maze.L, self.device)), dtm.exact_tilt(self.rho_0, self.r, a)
             paths, goal, kl, kl_se, ess = rho[self.best], target[self.best].sum(), torch.xlogy(target, target / rho).sum(), 0.0, 1.0
             occupancy = self.occupancy(self.x, rho)
+            end, kl_of = dtm.exact_tilt(self.rho_0, self.r, self.goal), lambda p, q: torch.xlogy(p, p / q).sum().item()
+            more = {"reward": (rho @ self.r.double()).item(), "kl_base": kl_of(rho, self.rho_0), "kl_end": kl_of(end, rho),
+                    "kl_reverse": kl_of(rho, end), "waste": self.waste(rho)}
         else:
-            x = list(dtm.sample(net, torch.full((512, self.maze.L), MASK, device=self.device), MASK, generator=self.generator))[-1]
+            x = list(dtm.sample(net, blank(self.maze, 512, self.device), MASK, generator=self.generator))[-1]
             r = self.maze.reward(x).cpu().double()
             log_w = sequence_law(self.base, x).log() + a * r - sequence_law(net, x).log()
             share, log_z = log_w.softmax(0), log_w.logsumexp(0) - math.log(len(x))
             kl = (share * log_w).sum() - log_z
             kl_se, ess = (share * (log_w - log_z - kl)).square().sum().sqrt().item(), 1 / share.square().sum().item() / len(x)
             paths, goal = sequence_law(net, self.maze.paths.to(self.device)), (share * (r == 1)).sum()
-            occupancy = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x)))
+            occupancy, more = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x))), {"reward": r.mean().item()}
         q, p = paths / paths.sum(), self.base_paths / self.base_paths.sum()  # r is constant there: rho_a given r = 1 is rho_0's
+        found = lambda law: (1 - (1 - law) ** DRAWS).sum().item()
         return {"a": a, "kl": kl.item(), "kl_se": kl_se, "kl_ess": ess, "success": paths.sum().item(), "target_success": goal.item(),
                 "modes": torch.special.entr(q).sum().exp().item(), "target_modes": torch.special.entr(p).sum().exp().item(),
-                "kl_modes": torch.xlogy(p, p / q).sum().item(), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy}
+                "kl_modes": torch.xlogy(p, p / q).sum().item(), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy,
+                "found": found(paths), "target_found": found(p * goal)} | more
+
+
+class Jury(Judge):
+    """The mean of judges, each of one maze that the model reads: `held` out of training ("train_": of the training mazes)."""
+    def __init__(self, maze: Mazes, held: Mazes, base: nn.Module, device: str, seed: int):
+        self.maze, self.base, self.device, self.exact, self.judges = maze, base, device, False, []
+        for key, mazes, count in (("", held, len(held.mazes)), ("train_", maze, len(held.mazes) // 2)):
+            for start, one in zip(mazes.start[:count], mazes.mazes):
+                reads = partial(ask, maze=mazes, start=start[None])
+                self.judges.append((key, reads, Judge(one, reads(base), device, seed)))
+
+    def __call__(self, net: nn.Module, a: float, table: None = None) -> dict:
+        seen = {}
+        for key, reads, judge in self.judges:
+            for name, x in judge(reads(net), a).items():
+                if not isinstance(x, list):
+                    seen.setdefault(key + name, []).append(x)
+        return {name: sum(x) / len(x) for name, x in seen.items()} | {"each": {name: seen[name] for name in ("kl", "success", "found")}}
+
+
+def make_judge(cfg: Config, net: nn.Module, device: str, seed: int) -> Judge:
+    maze = make_maze(cfg, device)
+    if not cfg.mazes:
+        return Judge(maze, net, device, seed, cfg.a_end)
+    return Jury(maze, Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[cfg.mazes:], device), net, device, seed)
 
 
 # ---- 4. Tilting ----------------------------------------------------------------------------------
@@ -309,51 +453,161 @@ def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float
 
 def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
     """DTM from rho_0 to rho_A, the six lines of dtm.py. Yields the metrics after each phase."""
-    maze, device, count = judge.maze, judge.device, arm.phases or cfg.phases
-    net, g = load(judge.base.state_dict(), cfg, maze, device), Generator(device).manual_seed(seed)
+    maze, device, count, meter = judge.maze, judge.device, arm.phases or cfg.phases, Meter()
+    net, g = meter.watch(load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
-    baseline, star = StateBaseline(maze.L).to(device), 1.0
+    baseline, star = StateBaseline(maze.L, maze.prompted).to(device), 1.0
     # Adam's state lives on over the phases; the release clears it, which here costs steps at each start.
-    optimiser, baseline_optimiser, steps = adam(net), adam(baseline), cfg.steps // count
-    frozen = lambda: tabulate(net, maze.L, device) if judge.exact else load(net.state_dict(), cfg, maze, device)
-    teacher, x1, r, done = frozen(), None, None, 0
+    optimiser, baseline_optimiser, steps, lr = adam(net), adam(baseline), cfg.steps // count, arm.lr or cfg.lr
+    teacher, done, seconds, clock = meter.watch(judge.freeze(net, cfg)), 0, 0.0, time.time()
+    x1 = r = begin = None
     schedule = arm.schedule if judge.exact or arm.schedule != "ess" else "buffer"
     planned = iter(equal_ess(judge.rho_0, judge.r, cfg.a_end, count)) if schedule == "ess" else None
     def next_step(a: float) -> float:
         """Draws the rollouts of the coming phase, then says its h, for which "buffer" looks at their rewards."""
-        nonlocal x1, r
-        blank = torch.full((cfg.rollouts // count, maze.L), MASK, device=device)
-        x1 = list(dtm.sample(teacher, blank, MASK, order=arm.order, generator=g))[-1]
-        r = maze.reward(x1)
+        nonlocal x1, r, begin, clock
+        clock, begin = time.time(), maze.begin(cfg.rollouts // count, g, arm.each)
+        x1 = list(dtm.sample(ask(teacher, maze, begin), blank(maze, len(begin), device), MASK, order=arm.order, generator=g))[-1]
+        r = maze.reward(x1, begin)
         if schedule == "buffer":  # the last phase takes what is left
             return cfg.a_end - a if done == count - 1 else max(dtm.next_h(r, BUFFER_ESS, cfg.a_end - a), 0.1 * cfg.a_end / count)
         return next(planned) if schedule == "ess" else cfg.a_end / count
     for a, h in dtm.phases(cfg.a_end, next_step):
-        w = dtm.tilt_weight(r, h, normalize=arm.normalize)
+        w = dtm.tilt_weight(r, h, normalize=arm.normalize, group=begin if arm.each > 1 else None)
         for step in range(steps):
             i = torch.randint(len(x1), (cfg.batch,), generator=g, device=device)
             xt, mask = dtm.mask_random(x1[i], MASK, g)
-            logits, logits_a, target = net(xt, mask), teacher(xt, mask).detach(), x1[i][mask]
+            student, frozen, control = (ask(model, maze, begin[i]) for model in (net, teacher, baseline))
+            logits, logits_a, target = student(xt, mask), frozen(xt, mask), x1[i][mask]
             w_i, r_i, share = (t[:, None].expand(mask.shape)[mask] for t in (w[i], r[i], 1 / mask.sum(1)))
-            c = baseline(xt)[mask] if arm.c == "state" else star if arm.c == "star" else arm.c
+            c = control(xt)[mask] if arm.c == "state" else star if arm.c == "star" else arm.c
             form = {"implicit": dtm.c_dtm_loss, "self": dtm.self_consistent_loss, "explicit": dtm.etm_loss}[arm.loss]
             loss = form(logits, logits_a, target, *((r_i, h) if arm.loss == "explicit" else (w_i, c)))
-            take_step(optimiser, dtm.row_mean(loss, mask), cfg.lr * (1 - step / steps))
+            take_step(optimiser, dtm.row_mean(loss, mask), lr * (1 - step / steps))
             if arm.c == "star":
                 star = 0.9 * star + 0.1 * dtm.best_c(logits, logits_a, target, w_i, share).item()
             if arm.c == "state":
                 y, q = dtm.state_c_target(logits_a, logits_a, target, w_i)
                 take_step(baseline_optimiser, dtm.row_mean(q * (c - y).square(), mask), 2e-3)
             tick(cfg.batch)
-        old, teacher, done = teacher, frozen(), done + 1
+        old, teacher, done, seconds = teacher, meter.watch(judge.freeze(net, cfg)), done + 1, seconds + time.time() - clock
         if not judge.exact and done % 8 and a + h < 0.999 * cfg.a_end:
             continue  # a sampled measurement costs as much as a phase
-        record = judge(net, a + h, teacher if judge.exact else None) | {"h": h, "grad_var": None}
+        record = judge(net, a + h, teacher if judge.exact else None) | {
+            "h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds, "ess": w.sum().square().item() / w.square().sum().item() / len(w)}
+        if judge.exact and arm.bound:  # this phase alone: from the teacher's law, not from rho_a
+            record["phase_kl"], record["phase_bound"] = (t.item() for t in dtm.regret_bound(dtm.Table(teacher.logits.cpu()), judge.law(old), judge.r, h, V))
         if judge.exact and arm.loss == "implicit" and done % 4 == 1:  # a quarter of the phases is enough for its mean
             w = dtm.tilt_weight(judge.r, h) / (dtm.tilt_weight(r, h).mean().cpu() if arm.normalize else 1.0)
             c = {"state": lambda xt: baseline(xt.to(device)).cpu(), "star": star}.get(arm.c, arm.c)
             record["grad_var"] = gradient_variance(dtm.Table(old.logits.cpu()), judge.law(old), w, c)
         yield record
+
+
+# ---- 5. The rivals: the same base, sampler, rollouts and network evaluations ---------------------
+# Each maps a batch b to its loss: b.net, b.old (which drew the round's rollouts), b.base; paths b.x (B, L) with rewards b.r,
+# b.adv = b.r - mean; a is the target's tilt, so 1/a weighs the KL to the base. There is no prompt and no end token, and a path
+# is one block: what a method does to those falls away.
+def hidden_logs(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """log pi(x_i | x without mask), (B, L); 0 at the visible positions."""
+    return model(torch.where(mask, MASK, x)).log_softmax(-1).gather(-1, x[..., None])[..., 0] * mask
+
+
+def clipped(b, mask: Tensor, scale=1.0) -> Tensor:
+    """Clipped token ratios with the estimate e^d - d - 1 of the KL to the base, at the same mask; `scale` of the advantage."""
+    now, old, base = (hidden_logs(model, b.x, mask) for model in (b.net, b.old, b.base))
+    ratio, adv, d = (now - old).exp(), b.adv[:, None], base - now
+    gain = torch.minimum(ratio * adv, ratio.clamp(0.5, 1.5) * adv) - (d.exp() - d - 1) / b.a
+    return -scale * dtm.row_mean(gain[mask], mask)
+
+
+def diffu_grpo(b) -> Tensor:
+    """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the model's first guesses only."""
+    return clipped(b, torch.ones_like(b.x, dtype=torch.bool))
+
+
+def uni_grpo(b) -> Tensor:
+    """UniGRPO (MMaDA): a share of masks that grows over a round from a random start to all; normalised advantage."""
+    start = (b.u * b.x.shape[1]).floor()
+    share = (b.part * (b.x.shape[1] - start) + start).floor() / b.x.shape[1]
+    noise = torch.rand(b.x.shape, generator=b.g, device=b.x.device)
+    return clipped(b, (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True)), 1 / b.r.std())
+
+
+def wd1(b) -> Tensor:
+    """wd1 (xiaohangt/wd1): weights softmax(adv) - softmax(-adv) over the batch, state of diffu-GRPO; no target."""
+    hidden = hidden_logs(b.net, b.x, torch.ones_like(b.x, dtype=torch.bool))
+    return -((b.adv.softmax(0) - (-b.adv).softmax(0)) * hidden.sum(1)).sum()
+
+
+def spg(b) -> Tensor:
+    """SPG (facebookresearch/SPG): a lower bound for good paths, half of it an upper bound (beta = 1.5) for bad ones; two states
+    a path; no target."""
+    masks = torch.stack([dtm.mask_random(b.x, MASK, b.g)[1] for _ in range(2)])
+    logs, tau = torch.stack([hidden_logs(b.net, b.x, mask) for mask in masks]), masks.float().mean(-1, keepdim=True)
+    lower, seen = (logs.sum(-1) / masks.sum(-1)).mean(0), masks.any(0)
+    upper = torch.where(seen, (masks * (1.5 * logs).exp() / tau).mean(0), 1).log().sum(1) / 1.5 / seen.sum(1)
+    return -(b.adv * torch.where(b.adv > 0, lower, (upper + lower) / 2)).mean()
+
+
+def elbo_reinforce(b) -> Tensor:
+    """REINFORCE with the bound (D6) for the log-likelihood, in the score and, at another state, in the KL to the base."""
+    masks = [dtm.mask_random(b.x, MASK, b.g)[1] for _ in range(2)]
+    bound = lambda model, mask: b.x.shape[1] * hidden_logs(model, b.x, mask).sum(1) / mask.sum(1)
+    with torch.no_grad():
+        gain = b.r - (bound(b.net, masks[0]) - bound(b.base, masks[0])) / b.a
+    return -((gain - gain.mean()) * bound(b.net, masks[1])).mean()
+
+
+def exact_reinforce(b) -> Tensor:
+    """REINFORCE with the exact log-likelihood; at its optimum, the tilt rho_a, the gain is the same for all paths."""
+    x, which, n = b.x.unique(dim=0, return_inverse=True, return_counts=True)
+    now = sequence_law(b.net, x).log()
+    old, base, r = sequence_law(b.old, x).log(), sequence_law(b.base, x).log(), b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
+    gain, p = r - (now.detach() - base) / b.a, n.cpu() / n.sum() * (now.detach() - old).exp().clamp(max=2)
+    return -(p * (gain - p @ gain / p.sum()) * now).sum()
+
+
+def dmpo(b) -> Tensor:
+    """DMPO (yuchen-zhu-zyc/DMPO): (D3) at c = 0 with weights (D10), all of a round's paths one group."""
+    mask = dtm.mask_bernoulli(b.x, b.g)
+    return -len(b.x) * dtm.row_mean((b.weight[:, None] * hidden_logs(b.net, b.x, mask))[mask], mask)
+
+
+RIVALS = {f.__name__: f for f in (diffu_grpo, uni_grpo, wd1, spg, elbo_reinforce, exact_reinforce, dmpo)}
+
+
+def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
+    """A rival, until it has spent what c-DTM spends. The target's tilt rises over the first half of the rounds. Yields the metrics
+    16 times."""
+    maze, device, rounds, meter = judge.maze, judge.device, arm.phases or cfg.phases, Meter()
+    net, g = meter.watch(load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
+    base, optimiser, seconds = meter.watch(judge.freeze(judge.base, cfg)), adam(net), 0.0
+    budget = cfg.rollouts * maze.L + cfg.steps * cfg.batch * 4  # c-DTM: a student's pass forward and back, a teacher's forward
+    for k in range(rounds):
+        clock, old, a = time.time(), meter.watch(judge.freeze(net, cfg)), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
+        x = list(dtm.sample(old, blank(maze, cfg.rollouts // rounds, device), MASK, generator=g))[-1]
+        r, u, start, stop = maze.reward(x), torch.rand(len(x), generator=g, device=device), meter.spent, budget * (k + 1) / rounds
+        weight = dmpo_round(old, base, x, r, a, arm.c, g) if arm.loss == "dmpo" else r
+        while meter.spent < stop:
+            i = torch.randperm(len(x), generator=g, device=device)[:cfg.batch]
+            b = SimpleNamespace(net=net, old=old, base=base, x=x[i], r=r[i], adv=r[i] - r.mean(), u=u[i], weight=weight[i], a=a, g=g,
+                                part=(meter.spent - start) / (stop - start))
+            take_step(optimiser, RIVALS[arm.loss](b), (arm.lr or cfg.lr) * (1 - meter.spent / budget))
+        seconds += time.time() - clock
+        tick(cfg.steps * cfg.batch // rounds)
+        if (k + 1) % max(1, rounds // 16) == 0:
+            yield judge(net, a) | {"h": 0.0, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
+
+
+def dmpo_round(old: nn.Module, base: nn.Module, x: Tensor, r: Tensor, a: float, baseline: str, g: Generator) -> Tensor:
+    """DMPO's weights (n,) of a round, from bounds (D6) at two antithetic pairs of masks, the same for both models."""
+    logs = [torch.zeros(len(x), device=x.device) for _ in range(2)]
+    for first in (dtm.mask_bernoulli(x, g) for _ in range(2)):
+        for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
+            for log, model in zip(logs, (old, base)):
+                log += x.shape[1] / 4 * hidden_logs(model, x, mask).sum(1) / mask.sum(1)
+    return dtm.dmpo_weights(r, *logs, 1 / a, baseline=baseline)
 
 
 # ---- 5. Running: bases first, then every (arm, seed), one to a core ------------------------------
@@ -368,22 +622,25 @@ def count_up(rows: int) -> None:
 
 
 def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
-    maze = make_maze(cfg)
-    judge = Judge(maze, net := train_base(maze, cfg, seed, device, tick), device, seed)
+    maze = make_maze(cfg, device)
+    judge = make_judge(cfg, net := train_base(maze, cfg, seed, device, tick), device, seed)
     info = {"seed": seed, "exact": judge.exact, "weights": {k: t.cpu() for k, t in net.state_dict().items()}} | judge(net, 0.0)
     if judge.exact:
-        walk, target = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
+        walk, target, values = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end), judge.r.double()
+        tilts = [dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
         info |= {"kl_walker": torch.xlogy(walk, walk / judge.rho_0).sum().item(), "target_occupancy": judge.occupancy(judge.x, target),
-                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts}
+                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts, "target_reward": (target @ values).item(),
+                 "frontier": [((p * (p / judge.rho_0).log()).nan_to_num().sum().item(), (p @ values).item()) for p in tilts]}
     return info
 
 
 def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=count_up) -> dict:
-    start, maze = time.time(), make_maze(cfg)
-    trace = list(tilt(Judge(maze, load(weights, cfg, maze, device), device, seed), arm, cfg, seed, tick))
+    judge = make_judge(cfg, load(weights, cfg, make_maze(cfg, device), device), device, seed)
+    trace = list((compete if arm.loss in RIVALS else tilt)(judge, arm, cfg, seed, tick))
     known = [p["grad_var"] for p in trace if p["grad_var"] is not None]
-    end = trace[-1] | {"grad_var": sum(known) / len(known) if known else None, "seconds": time.time() - start}
-    return {"arm": arm.name, "seed": seed} | end | {"trace": [{k: v for k, v in p.items() if not isinstance(v, list)} for p in trace]}
+    end = trace[-1] | {"grad_var": sum(known) / len(known) if known else None}
+    flat = [{k: v for k, v in p.items() if not isinstance(v, (list, dict))} for p in trace]
+    return {"arm": arm.name, "seed": seed} | end | {"trace": flat}
 
 
 def run(tasks: list, jobs: int, bar: tqdm):
@@ -424,7 +681,7 @@ def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, j
         "seeds": seeds, "seconds": time.time() - start, "config": asdict(cfg), "arms": [asdict(arm) for arm in arms],
         "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(), "processes": jobs, "device": device},
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "networkx": nx.__version__},
-        "walls": maze.walls, "moves": maze.paths.tolist(), "extra": exact_teachers(judge, cfg, ablate) if judge else [],
+        "walls": getattr(maze, "walls", None), "extra": exact_teachers(judge, cfg, ablate) if judge else [],
         "bases": [{k: v for k, v in b.items() if k != "weights"} for b in bases],
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
@@ -557,6 +814,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
     parser.add_argument("--ablate", choices=[name for name in ARMS if name], help="the arms of one question (default: the five main arms)")
     parser.add_argument("--seeds", type=int, help="seeds, each with its own base model (default: one per process, 1 with --quick)")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
     parser.add_argument("--quick", action="store_true", help=f"under 45 s on 2 cores: {QUICK}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     parser.add_argument("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on cuda and mps)")
@@ -564,13 +822,13 @@ def main() -> None:
     parser.add_argument("--plot-only", action="store_true", help="redraw the figures of every JSON in --out")
     for f in fields(Config):
         parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{f.metadata['help']} (default {f.default})",
-                            choices=("away", "towards") if f.name == "walker" else None)
+                            choices=TOWARDS if f.name == "walker" else None)
     args = parser.parse_args()
     if args.plot_only:
         found = sorted(args.out.glob("*.json"))
         print(*(path for file in found for path in draw(json.loads(file.read_text()), file.with_suffix(""))), sep="\n")
         return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
-    cfg = Config(**((QUICK if args.quick else {}) | {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}))
+    cfg = Config(**(PRESETS.get(args.ablate, {}) | (QUICK if args.quick else {}) | {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}))
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
@@ -588,7 +846,7 @@ def main() -> None:
     except (RuntimeError, AssertionError, OSError) as error:
         parser.error(f"--device {device} or --out {args.out} cannot be used: {str(error).splitlines()[0]}")
     print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
-    result = experiment(cfg, args.ablate, list(range(seeds)), device, jobs)
+    result = experiment(cfg, args.ablate, list(range(args.first_seed, args.first_seed + seeds)), device, jobs)
     print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
     parts = (args.quick and "quick", f"ablate_{args.ablate}" if args.ablate else "main", cfg.grid != 4 and f"grid{cfg.grid}")
     stem = args.out / "_".join(part for part in (*parts, cfg.walker != "away" and cfg.walker) if part)
