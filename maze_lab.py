@@ -78,7 +78,9 @@ class Config:
     mazes: int = option(0, "train on so many random mazes, read as prompts, and judge on others; 0: one maze, in no prompt")
 
 
-PRESETS = {"method": {"steps": 3200}, "tune": {"steps": 3200}}  # defaults of a question that are not Config's
+PRESETS = {"method": {"steps": 3200}, "tune": {"steps": 3200},
+           "mazes": {"walker": "even", "a_end": 24.0, "width": 48, "base_steps": 4000, "base_batch": 128, "phases": 8, "rollouts": 32768,
+                     "steps": 2400, "batch": 128, "lr": 2e-3}}  # defaults of a question that are not Config's
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
 
 @dataclass
@@ -451,10 +453,10 @@ def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float
     return steps
 
 
-def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
-    """DTM from rho_0 to rho_A, the six lines of dtm.py. Yields the metrics after each phase."""
+def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | None = None):
+    """DTM from rho_0 to rho_A, the six lines of dtm.py; `net`, if given, starts as rho_0. Yields the metrics after each phase."""
     maze, device, count, meter = judge.maze, judge.device, arm.phases or cfg.phases, Meter()
-    net, g = meter.watch(load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
+    net, g = meter.watch(net or load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
     torch.manual_seed(seed)
     baseline, star = StateBaseline(maze.L, maze.prompted).to(device), 1.0
     # Adam's state lives on over the phases; the release clears it, which here costs steps at each start.
@@ -585,7 +587,7 @@ def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
     base, optimiser, seconds = meter.watch(judge.freeze(judge.base, cfg)), adam(net), 0.0
     budget = cfg.rollouts * maze.L + cfg.steps * cfg.batch * 4  # c-DTM: a student's pass forward and back, a teacher's forward
     for k in range(rounds):
-        clock, old, a = time.time(), meter.watch(judge.freeze(net, cfg)), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
+        clock, old, a = time.time(), meter.watch(load(net.state_dict(), cfg, maze, device).requires_grad_(False)), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
         x = list(dtm.sample(old, blank(maze, cfg.rollouts // rounds, device), MASK, generator=g))[-1]
         r, u, start, stop = maze.reward(x), torch.rand(len(x), generator=g, device=device), meter.spent, budget * (k + 1) / rounds
         weight = dmpo_round(old, base, x, r, a, arm.c, g) if arm.loss == "dmpo" else r
@@ -712,7 +714,7 @@ def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
 # ---- 6. Reporting: tables and figures read the result (or its JSON) alone ------------------------
 COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target", "modes": "eff. paths", "target_modes": "their target",
            "kl_modes": "KL of paths", "grad_var": "grad. variance"}
-COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7")  # colour-blind safe
+COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999999", "#882255", "#BBAA00")  # colour-blind safe
 
 
 def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
@@ -745,79 +747,213 @@ def draw(result: dict, stem: Path) -> list[Path]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130, "legend.frameon": False})
-    arms, bases, out = [arm["name"] for arm in result["arms"]], result["bases"], []
-    colour, panels = dict(zip(arms, COLOURS)), partial(plt.subplots, 1, layout="constrained")
-    def finish(figure, suffix: str) -> None:
+    out, panels = [], partial(plt.subplots, layout="constrained")
+    kinds = {None: (draw_arms, draw_occupancy, draw_paths), "method": (draw_methods,), "mazes": (draw_held,), "anneal": (draw_arms, draw_bound), "tune": ()}
+    for kind in (*kinds.get(result["ablate"], (draw_arms,)), *[draw_exact] * bool(result["extra"])):
+        suffix, figure = kind(result, panels)
         out.append(stem.with_name(stem.name + suffix + ".png"))
         write(out[-1], lambda path: figure.savefig(path, format="png"))
         plt.close(figure)
-    figure, axes = panels(3, figsize=(12, 3.6))
-    for i, arm in enumerate(arms):
+    return out
+
+
+def looks(result: dict) -> dict:
+    """name -> (colour, marker) of the arms."""
+    return {arm["name"]: (COLOURS[i % len(COLOURS)], "os^vDP*X<>"[i % 10]) for i, arm in enumerate(result["arms"])}
+
+
+def rows_of(result: dict, arm: str) -> list[dict]:
+    return [row for row in result["rows"] if row["arm"] == arm]
+
+
+def draw_arms(result: dict, panels):
+    """The final KL, and success and KL along the tilt."""
+    figure, axes = panels(1, 3, figsize=(12, 3.6))
+    for i, (arm, (colour, _)) in enumerate(looks(result).items()):
         each, mean, se = values(result, arm, "kl")
-        axes[0].bar(i, mean, 0.6, yerr=se if se == se else 0, capsize=3, color=colour[arm], alpha=0.4)
-        axes[0].plot([i] * len(each), each, "o", ms=4, color=colour[arm])
+        axes[0].bar(i, mean, 0.6, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4)
+        axes[0].plot([i] * len(each), each, "o", ms=4, color=colour)
         axes[0].text(i + 0.08, mean, f"{mean:.2g}", va="bottom")
-        for row, base in zip((row for row in result["rows"] if row["arm"] == arm), bases):
-            trace, label = [base, *row["trace"]], arm if base is bases[0] else None
+        for k, (row, base) in enumerate(zip(rows_of(result, arm), result["bases"])):
+            trace = [base, *row["trace"]]
             for axis, key in zip(axes[1:], ("success", "kl")):
-                axis.plot([p["a"] for p in trace], [p[key] for p in trace], "o-"[len(trace) > 2 :], ms=4, lw=1, color=colour[arm], label=label)
-    finest = [bases[0], *max((row["trace"] for row in result["rows"] if row["seed"] == bases[0]["seed"]), key=len)]
-    axes[1].plot([p["a"] for p in finest], [p["target_success"] for p in finest], "k--", label="target rho_a")
-    axes[0].set_xticks(range(len(arms)), arms, rotation=20)
-    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e., each of {len(bases)} seeds")
+                axis.plot([p["a"] for p in trace], [p[key] for p in trace], "o-"[len(trace) > 2 :], ms=4, lw=1, color=colour, label=arm if k == 0 else None)
+    goal = target_trace(result)
+    axes[1].plot([p["a"] for p in goal], [p["target_success"] for p in goal], "k--", label="target rho_a")
+    axes[0].set_xticks(range(len(result["arms"])), looks(result), rotation=20)
+    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e., each of {len(result['bases'])} seeds")
     axes[1].set(xlabel="tilt a", ylabel="rho_theta(r = 1)", ylim=(0, 1), title="success along the tilt, each seed")
     axes[2].set(xlabel="tilt a", ylabel="KL(rho_a || rho_theta), nats", ylim=(0, None), title="distance to the tilt along the way")
     axes[1].legend()
-    finish(figure, "_anneal" if result["ablate"] is None else "")
-    if result["ablate"] is None:
-        rows = {arm: next(row for row in result["rows"] if row["arm"] == arm) for arm in arms}
-        target = {"occupancy": bases[0].get("target_occupancy"), "success": finest[-1]["target_success"]}
-        heats, walls = {"base": bases[0]} | ({"exact target": target} if result["exact"] else {}) | rows, torch.tensor(result["walls"])
-        figure, axes = panels(len(heats), figsize=(13, 2.6))
-        for axis, (name, data) in zip(axes, heats.items()):
-            heat = torch.tensor(data["occupancy"]).view_as(walls).where(walls == 0, math.nan)
-            image = axis.imshow(heat.numpy(), vmin=0, vmax=1, cmap="cividis")
-            axis.set(facecolor="#b04030", xticks=[], yticks=[], title=f"{name}\nsuccess {data['success']:.2g}")
-            for letter, cell in (("S", 0), ("G", len(walls) - 1)):
-                axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
-        figure.colorbar(image, ax=axes, label="share of paths through")
-        finish(figure, "_maze")
-        figure, axes = panels(len(arms), figsize=(13, 2.8), sharey=True)
-        for axis, arm in zip(axes, arms):
-            shares, goals = (torch.tensor([row[key] for row in result["rows"] if row["arm"] == arm]).numpy() for key in ("paths", "target_paths"))
-            axis.bar(range(shares.shape[1]), shares.mean(0), color=colour[arm], alpha=0.4)
-            axis.plot(shares.T, "o", ms=3, color=colour[arm])
-            axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
-            axis.set(title=f"{arm}\n{values(result, arm, 'modes')[1]:.2f} effective of {values(result, arm, 'target_modes')[1]:.2f}",
-                     xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 0.8))
-        axes[0].set_ylabel("probability given success")
-        axes[0].legend()
-        finish(figure, "_paths")
-    if result["extra"]:
-        tilts = sorted({p["a"] for p in result["extra"]})
-        figure, axes = panels(len(tilts), figsize=(12, 3.2), sharey=True)
-        for axis, (a, arm) in ((axis, (a, arm)) for axis, a in zip(axes, tilts) for arm in arms):
-            points = [p for p in result["extra"] if p["a"] == a and p["name"] == arm]
-            axis.set(title=f"exact teacher at a = {a:g}", xlabel="tilt increment h" if len(points) > 1 else "decoding order")
-            if len(points) > 1:
-                axis.loglog([p["x"] for p in points], [p["y"] for p in points], "o-", ms=3, color=colour[arm], label=arm)
-                axis.legend(fontsize=7)
-            else:
-                axis.bar_label(axis.bar(arm, points[0]["y"], color=colour[arm], alpha=0.6), fmt="%.2f")
-        axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
-        finish(figure, "_exact")
-    return out
+    return "_anneal" if result["ablate"] is None else "", figure
+
+
+def target_trace(result: dict) -> list[dict]:
+    """The first base and the longest trace on it: where the target's success is known."""
+    first = result["bases"][0]
+    return [first, *max((row["trace"] for row in result["rows"] if row["seed"] == first["seed"]), key=len)]
+
+
+def draw_occupancy(result: dict, panels):
+    base, walls = result["bases"][0], torch.tensor(result["walls"])
+    target = {"occupancy": base.get("target_occupancy"), "success": target_trace(result)[-1]["target_success"]}
+    heats = {"base": base} | ({"exact target": target} if result["exact"] else {}) | {arm: rows_of(result, arm)[0] for arm in looks(result)}
+    figure, axes = panels(1, len(heats), figsize=(13, 2.6))
+    for axis, (name, data) in zip(axes, heats.items()):
+        image = show_maze(axis, walls, data["occupancy"])
+        axis.set_title(f"{name}\nsuccess {data['success']:.2g}")
+    figure.colorbar(image, ax=axes, label="share of paths through")
+    return "_maze", figure
+
+
+def show_maze(axis, walls: Tensor, occupancy: list[float]):
+    heat = torch.tensor(occupancy).view_as(walls).where(walls == 0, math.nan)
+    axis.set(facecolor="#b04030", xticks=[], yticks=[])
+    for letter, cell in (("S", 0), ("G", len(walls) - 1)):
+        axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
+    return axis.imshow(heat.numpy(), vmin=0, vmax=1, cmap="cividis")
+
+
+def draw_paths(result: dict, panels):
+    figure, axes = panels(1, len(result["arms"]), figsize=(13, 2.8), sharey=True)
+    for axis, (arm, (colour, _)) in zip(axes, looks(result).items()):
+        shares, goals = (torch.tensor([row[key] for row in rows_of(result, arm)]).numpy() for key in ("paths", "target_paths"))
+        axis.bar(range(shares.shape[1]), shares.mean(0), color=colour, alpha=0.4)
+        axis.plot(shares.T, "o", ms=3, color=colour)
+        axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
+        axis.set(title=f"{arm}\n{values(result, arm, 'modes')[1]:.2f} effective of {values(result, arm, 'target_modes')[1]:.2f}",
+                 xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 0.8))
+    axes[0].set_ylabel("probability given success")
+    axes[0].legend()
+    return "_paths", figure
+
+
+def draw_exact(result: dict, panels):
+    tilts = sorted({p["a"] for p in result["extra"]})
+    figure, axes = panels(1, len(tilts), figsize=(12, 3.2), sharey=True)
+    for axis, (a, (arm, (colour, _))) in ((axis, (a, look)) for axis, a in zip(axes, tilts) for look in looks(result).items()):
+        points = [p for p in result["extra"] if p["a"] == a and p["name"] == arm]
+        axis.set(title=f"exact teacher at a = {a:g}", xlabel="tilt increment h" if len(points) > 1 else "decoding order")
+        if len(points) > 1:
+            axis.loglog([p["x"] for p in points], [p["y"] for p in points], "o-", ms=3, color=colour, label=arm)
+            axis.legend(fontsize=7)
+        else:
+            axis.bar_label(axis.bar(arm, points[0]["y"], color=colour, alpha=0.6), fmt="%.2f")
+    axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
+    return "_exact", figure
+
+
+def draw_methods(result: dict, panels):
+    """Distances at the end; the reward-KL plane with its frontier; KL against evaluations and seconds."""
+    figure, ((dots, plane), (cost, clock)) = panels(2, 2, figsize=(12, 9.5))
+    for k, base in enumerate(result["bases"]):
+        plane.plot(*zip(*base["frontier"]), "k-", lw=0.8, label="tilts of the base: nobody is above" if k == 0 else None)
+    for i, (arm, (colour, marker)) in enumerate(looks(result).items()):
+        rows = rows_of(result, arm)
+        for key, y, face in (("kl", i - 0.15, colour), ("waste", i + 0.15, "white")):
+            each, mean, _ = values(result, arm, key)
+            dots.plot(each, [y] * len(each), marker, ms=4, color=colour, mfc=face, alpha=0.6)
+            dots.plot([mean] * 2, [y - 0.15, y + 0.15], color=colour, lw=2.5)
+        plane.plot([row["kl_base"] for row in rows], [row["reward"] for row in rows], marker, ms=5, color=colour, label=arm)
+        plane.plot([p["kl_base"] for p in rows[0]["trace"]], [p["reward"] for p in rows[0]["trace"]], "-", lw=0.6, color=colour)
+        for axis, key, unit in ((cost, "evaluations", 1e6), (clock, "seconds", 1)):
+            x, y = (torch.tensor([[p[name] for p in row["trace"]] for row in rows]).double().mean(0) for name in (key, "kl_end"))
+            axis.semilogy((x / unit).tolist(), y.tolist(), marker + "-", ms=4, lw=1, color=colour, label=arm)
+    dots.set_yticks(range(len(result["arms"])), looks(result))
+    dots.set(xscale="log", xlabel="nats", title=f"full: KL(rho_A || rho_theta); hollow: distance to the frontier;\nline: mean of {len(result['bases'])} seeds")
+    dots.invert_yaxis()
+    plane.set(xlabel="KL(rho_theta || rho_0), nats", ylabel="expected reward", ylim=(0, 1.02), xlim=(0, 11), title="reward against KL to the base; thin: first seed's way")
+    plane.legend(fontsize=7, loc="lower right")
+    for axis, label in ((cost, "network evaluations, millions (backward = 2)"), (clock, "seconds of one process")):
+        axis.set(xlabel=label, ylabel="KL(rho_A || rho_theta), nats", xlim=(0, None), title="mean over seeds")
+    return "", figure
+
+
+def draw_bound(result: dict, panels):
+    """(D12) along a run, and what the number of phases does."""
+    figure, (way, ratio, final, size) = panels(1, 4, figsize=(15, 3.6))
+    mean = lambda rows, key: torch.tensor([[p[key] for p in row["trace"]] for row in rows]).double().mean(0).tolist()
+    for arm, (colour, marker) in looks(result).items():
+        rows = rows_of(result, arm)
+        count = sum(len(row["trace"]) for row in rows) / len(rows)
+        own = [sum(p["phase_kl"] for p in row["trace"]) for row in rows]
+        share = [sum(p["ess"] for p in row["trace"]) / len(row["trace"]) for row in rows]
+        final.errorbar(count, *values(result, arm, "kl")[1:], fmt=marker, color=colour, capsize=3, label=f"{arm}")
+        final.plot(count, sum(own) / len(own), marker, mfc="white", color=colour)
+        size.plot(count, sum(share) / len(share), marker, color=colour)
+        if arm in ("K = 8", "K = 16", "K = 32"):
+            tilts, (own, bound) = mean(rows, "a"), (mean(rows, key) for key in ("phase_kl", "phase_bound"))
+            ratio.plot(tilts, [b / k for k, b in zip(own, bound)], marker + "-", ms=4, color=colour, label=arm)
+            if arm == "K = 16":
+                for key, y, style in (("regret / Z of the phase, (D12)", bound, "--"), ("KL of the phase", own, ":"), ("KL to rho_a", mean(rows, "kl"), "-")):
+                    way.plot(tilts, y, style, color=colour, label=key)
+    way.set(title="K = 16", xlabel="tilt a", ylabel="nats", ylim=(0, None))
+    ratio.set(title="bound over KL, by phase", xlabel="tilt a", ylim=(0, None))
+    final.set(title="full: final KL; hollow: sum over the phases", xlabel="phases", ylabel="nats", xscale="log", ylim=(0, None))
+    size.set(title="effective sample size of a phase", xlabel="phases", ylabel="share of the rollouts", xscale="log", ylim=(0, 1.02))
+    for axis in (way, ratio, final):
+        axis.legend(fontsize=7)
+    return "_bound", figure
+
+
+def draw_held(result: dict, panels):
+    """Training and held-out mazes, side by side."""
+    figure, axes = panels(1, 3, figsize=(12, 3.6))
+    for axis, (key, title) in zip(axes, {"kl": "KL(rho_A || rho_theta), nats", "success": "success = share of shortest paths",
+                                         "found": f"optimal paths among {DRAWS} draws"}.items()):
+        for i, (arm, (colour, _)) in enumerate(looks(result).items()):
+            for x, prefix, hatch in ((i - 0.2, "train_", "//"), (i + 0.2, "", None)):
+                each, mean, se = values(result, arm, prefix + key)
+                axis.bar(x, mean, 0.36, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4, hatch=hatch,
+                         label=("held-out" if not prefix else "training") + " mazes" if i == 0 else None)
+                axis.plot([x] * len(each), each, "o", ms=3, color=colour)
+        if key != "kl":
+            axis.axhline(values(result, arm, f"target_{key}")[1], color="k", ls="--", label="exact tilt of the base, held-out")
+        axis.set_xticks(range(len(result["arms"])), looks(result), rotation=15)
+        axis.set(title=title, ylim=(0, None))
+    axes[1].legend(fontsize=7, loc="lower right")
+    return "", figure
+
+
+def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
+    """--gif: mazes filling in, in random order: each canvas and where its finished path may yet lead, by the exact law."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.animation import FuncAnimation, PillowWriter
+    maze, g, laws, canvases = make_maze(cfg), Generator(device).manual_seed(seed), {}, {}
+    with tqdm(total=cfg.base_steps * cfg.base_batch + 2 * cfg.steps * cfg.batch, unit="row", unit_scale=True) as bar:
+        base = train_base(maze, cfg, seed, device, bar.update)
+        judge = Judge(maze, base, device, seed)
+        for name, arm in (("base", None), ("one jump", ARMS[None][0]), ("annealed", ARMS[None][-1])):
+            net = load(base.state_dict(), cfg, maze, device)
+            list(tilt(judge, arm, cfg, seed, bar.update, net)) if arm else None
+            laws[name] = judge.law(tabulate(net, maze.L, device))
+            canvases[name] = list(dtm.sample(net, blank(maze, 6, device), MASK, generator=g))
+    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.9), layout="constrained")
+    def frame(k: int) -> None:
+        episode, step = divmod(k, maze.L + 3)
+        for axis, name in zip(axes, laws):
+            axis.clear()
+            xt = canvases[name][min(step, maze.L)][episode].cpu()
+            p = laws[name] * ((judge.x == xt) | (xt == MASK)).all(1)
+            show_maze(axis, torch.tensor(maze.walls), judge.occupancy(judge.x, p / p.sum()))
+            axis.set_title(f"{name}, success {laws[name][judge.best].sum():.2g}")
+            axis.set_xlabel(" ".join("↑→↓←?"[v] for v in xt), fontsize=14)
+    write(path, lambda half: FuncAnimation(figure, frame, 6 * (maze.L + 3)).save(half, PillowWriter(fps=3)))
 
 
 # ---- 7. The command line -------------------------------------------------------------------------
 def main() -> None:
     parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
-    parser.add_argument("--ablate", choices=[name for name in ARMS if name], help="the arms of one question (default: the five main arms)")
+    parser.add_argument("--ablate", choices=[name for name in ARMS if name and name != "mazes"], help="the arms of one question (default: the five main arms)")
     parser.add_argument("--seeds", type=int, help="seeds, each with its own base model (default: one per process, 1 with --quick)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
     parser.add_argument("--quick", action="store_true", help=f"under 45 s on 2 cores: {QUICK}")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
     parser.add_argument("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on cuda and mps)")
+    parser.add_argument("--gif", action="store_true", help="draw OUT/maze.gif: base, one jump and annealed model of the first seed, filling in")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures and JSON (default figures)")
     parser.add_argument("--plot-only", action="store_true", help="redraw the figures of every JSON in --out")
     for f in fields(Config):
@@ -825,17 +961,21 @@ def main() -> None:
                             choices=TOWARDS if f.name == "walker" else None)
     args = parser.parse_args()
     if args.plot_only:
-        found = sorted(args.out.glob("*.json"))
-        print(*(path for file in found for path in draw(json.loads(file.read_text()), file.with_suffix(""))), sep="\n")
+        found = [(file, result) for file in sorted(args.out.glob("*.json")) if "arms" in (result := json.loads(file.read_text()))]
+        print(*(path for file, result in found for path in draw(result, file.with_suffix(""))), sep="\n")
         return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
+    args.ablate = "mazes" if args.mazes and not args.ablate else args.ablate
     cfg = Config(**(PRESETS.get(args.ablate, {}) | (QUICK if args.quick else {}) | {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}))
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
-    numbers, most = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, max(arm.phases or cfg.phases for arm in ARMS[args.ablate])
+    numbers, arms = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, ARMS[args.ablate]
+    most, rounds = (max((arm.phases or cfg.phases for arm in arms if (arm.loss in RIVALS) == rival), default=1) for rival in (False, True))
     wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items()
-             if name != "walker" and not 0 < x < math.inf]
+             if name != "walker" and not (0 < x < math.inf or name == "mazes" and x == 0)]
+    wrong += ["--mazes N goes with its own arms, without --ablate"] * (bool(cfg.mazes) != (args.ablate == "mazes"))
+    wrong += [f"{rounds} rounds need at least {2 * rounds} --rollouts"] * (cfg.rollouts < 2 * rounds)
     wrong += [f"{most} phases need at least {most} --steps and --rollouts"] * (min(cfg.steps, cfg.rollouts) < most)
     wrong += [f"--width {cfg.width} must be even, for two attention heads"] * (cfg.width % 2)
     wrong += [f"--grid {cfg.grid} must be at least 4, where mazes have several optimal paths"] * (cfg.grid < 4)
@@ -846,6 +986,8 @@ def main() -> None:
     except (RuntimeError, AssertionError, OSError) as error:
         parser.error(f"--device {device} or --out {args.out} cannot be used: {str(error).splitlines()[0]}")
     print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
+    if args.gif:
+        return animate(cfg, args.first_seed, device, args.out / "maze.gif")
     result = experiment(cfg, args.ablate, list(range(args.first_seed, args.first_seed + seeds)), device, jobs)
     print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
     parts = (args.quick and "quick", f"ablate_{args.ablate}" if args.ablate else "main", cfg.grid != 4 and f"grid{cfg.grid}")
