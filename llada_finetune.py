@@ -59,6 +59,14 @@ def need(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
+@contextlib.contextmanager
+def told(message: str, *kinds: type[Exception]):
+    """Says in one sentence what errors of these kinds (none given: all of them) mean to the user."""
+    try:
+        yield
+    except kinds or Exception as e:
+        raise ValueError(f"{message} ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from None
+
 def write(path: Path, content: dict | list | str) -> None:
     """Tensors (*.safetensors), text, or JSON; beside its name, then renamed, so that no reader meets half a file."""
     half = path.with_name(f".half-{path.name}")
@@ -70,10 +78,8 @@ def write(path: Path, content: dict | list | str) -> None:
 
 def read_json(path: Path) -> dict:
     need(path.is_file(), f"{path} is missing; is this the right folder?")
-    try:
+    with told(f"{path} is no JSON object; restore it", ValueError, TypeError):
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} is no JSON object ({e}); restore it") from None
 
 # ---- 1. The model --------------------------------------------------------------------------------
 SIZES = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288, vocab_size=126464, rope_theta=500000.0,
@@ -232,11 +238,9 @@ def locate(source: str | Path) -> Path:
         return Path(source)
     need(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None, f"--model {source!r} is no folder and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    try:
+    with told(f"cannot get {source} from the hub: check name and network, or pass --model FOLDER of a downloaded copy; the same loop "
+              "without one: python llada_finetune.py --toy"):  # the hub's client fails in dozens of ways that all mean the same
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as e:  # the hub's client fails in dozens of ways that all mean the same to the user
-        raise ValueError(f"cannot get {source} from the hub ({type(e).__name__}): check name and network, or pass --model FOLDER of a "
-                         "downloaded copy; the same loop without one: python llada_finetune.py --toy") from None
 
 def weight_map(folder: Path) -> dict[str, str]:
     """Tensor name -> file, from the index or from a single file without one."""
@@ -347,11 +351,10 @@ class Text:
 
     def __init__(self, folder: Path, config: dict):
         from tokenizers import Tokenizer
-        need((folder / "tokenizer.json").is_file(), f"{folder / 'tokenizer.json'} is missing; copy it from the original checkpoint")
-        try:
-            self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # the library raises nothing narrower
-            raise ValueError(f"{folder / 'tokenizer.json'} is torn or no tokenizer ({str(e)[:80]}); get it again") from None
+        path = folder / "tokenizer.json"
+        need(path.is_file(), f"{path} is missing; copy it from the original checkpoint")
+        with told(f"{path} is torn or no tokenizer; get it again"):  # the library raises nothing narrower
+            self.tok = Tokenizer.from_file(str(path))
         self.chat = self.tok.token_to_id("<|start_header_id|>") is not None  # LLaDA-8B-Base has no chat tokens
         self.ends = {config["eos_token_id"], self.tok.token_to_id("<|eot_id|>")}
 
@@ -576,19 +579,13 @@ def cut(rows: list[dict], split: str) -> list[dict]:
     rows = random.Random(0).sample(rows, len(rows))
     return rows[:min(256, len(rows) // 10)] if split == "valid" else rows[min(256, len(rows) // 10):]
 
-def hub_rows(train: tuple, test: tuple) -> Callable[[str], list[dict]]:
-    """rows(split) of hub data sets (name, part, split, question's column, answer's column)."""
-    def rows(split: str) -> list[dict]:
-        name, part, piece, question, answer = test if split == "test" else train
-        try:
-            from datasets import load_dataset
-            got = [{"question": r[question], "answer": r[answer]} for r in load_dataset(name, part, split=piece)]
-        except ImportError:
-            raise ValueError(f"{name} needs the package `datasets` (pip install datasets); or pass --data FILE.jsonl") from None
-        except Exception as e:  # as for the weights
-            raise ValueError(f"cannot get {name} from the hub ({type(e).__name__}): check the network or pass --data FILE.jsonl") from None
-        return got if split == "test" else cut(got, split)
-    return rows
+def hub_rows(train: tuple, test: tuple, split: str) -> list[dict]:
+    """Rows of hub data sets (name, part, split, question's column, answer's column)."""
+    name, part, piece, question, answer = test if split == "test" else train
+    with told(f"cannot get {name} from the hub: check the network, pip install datasets, or pass --data FILE.jsonl"):
+        from datasets import load_dataset
+        got = [{"question": r[question], "answer": r[answer]} for r in load_dataset(name, part, split=piece)]
+    return got if split == "test" else cut(got, split)
 
 @dataclass(frozen=True)
 class Task:
@@ -606,8 +603,9 @@ GRID = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
 ASK = {"question": ("question", "problem"), "answer": ("answer", "solution")}
 SUM = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
 BOX = "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
-gsm8k_rows = hub_rows(*(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")))
-math_rows = hub_rows(("ankner/math-500", None, "train", "problem", "solution"), ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"))
+gsm8k_rows = functools.partial(hub_rows, *(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")))
+math_rows = functools.partial(hub_rows, ("ankner/math-500", None, "train", "problem", "solution"),
+                              ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"))
 tagged = lambda score: lambda text, row: score(f"<answer>{text}</answer>", row)
 TASKS = {
     "sudoku": Task(sudoku_rows, sudoku_prompt, sudoku_reward, sudoku_solved, 2.0, GRID, sudoku_cells),
@@ -640,13 +638,12 @@ def read_rows(path: str, task: str) -> list[dict]:
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
         table = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, file)
-        for line in itertools.count(1):
-            try:
-                if (raw := next(table, file)) is file:
-                    break
+        try:
+            for raw in table:
                 rows.append(tidy(task, raw))
-            except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
-                raise ValueError(f"{path}, line {getattr(table, 'line_num', line)}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
+            line = getattr(table, "line_num", len(rows) + 1)
+            raise ValueError(f"{path}, line {line}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
     need(bool(rows), f"{path} holds no rows")
     return rows
 
