@@ -91,6 +91,7 @@ USUAL = dict(architectures=["LLaDAModelLM"], alibi=False, attention_layer_norm=F
 CONFIG_8B = SIZES | FIXED | USUAL
 # A block's linear maps with their (rows, columns): ff_proj is Llama's gate, up_proj its up, ff_out its down map.
 MAPS = {"q_proj": "dd", "k_proj": "dd", "v_proj": "dd", "attn_out": "dd", "ff_proj": "md", "up_proj": "md", "ff_out": "dm"}
+sizes = lambda config, name: tuple(config["d_model" if s == "d" else "mlp_hidden_size"] for s in MAPS[name])
 PAPER = ["q_proj", "k_proj", "v_proj", "up_proj"]  # what released code really adapts
 ADAPTED = {"all": [*MAPS], "paper": PAPER}
 
@@ -107,16 +108,15 @@ def check_config(config: dict) -> dict:
     need(config["d_model"] % (2 * config["n_heads"]) == 0, "config.json: d_model must be an even multiple of n_heads")
     return config
 
-def sizes(config: dict, name: str) -> tuple[int, ...]:
-    return tuple(config["d_model" if s == "d" else "mlp_hidden_size"] for s in MAPS[name])
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:  # float32, rounded to the stream's dtype before the gain
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+
+@functools.lru_cache(8)
+def angles(T: int, half: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin (T, half), float32, of the angles t theta^(-i / half); counted on the CPU, so that all devices agree."""
+    turn = torch.arange(T).float()[:, None] * (1 / theta ** (torch.arange(half).float() / half))
+    return turn.cos().to(device), turn.sin().to(device)
 
 def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on u (B, heads, T, d), half-split, in float32; cos, sin (T, d / 2)."""
@@ -155,7 +155,7 @@ class LLaDA(nn.Module):
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config, self.checkpointing, self.active, self.tables = check_config(config), False, None, None
+        self.config, self.checkpointing, self.active = check_config(config), False, None
         d, V, eps = config["d_model"], config["vocab_size"], config["rms_norm_eps"]
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict({
             "wte": nn.Embedding(V, d), "blocks": nn.ModuleList(Block(config, i) for i in range(config["n_layers"])),
@@ -167,19 +167,11 @@ class LLaDA(nn.Module):
         self.active = adapter
         return self
 
-    def rope(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin (T, head_dim / 2), float32, of the angles t theta^(-2i / head_dim); kept, but in no checkpoint."""
-        if self.tables is None or len(self.tables[0]) < T or self.tables[0].device != device:
-            half = self.config["d_model"] // self.config["n_heads"] // 2
-            count = lambda n: torch.arange(n, dtype=torch.float32, device="cpu")
-            angle = count(T)[:, None] * (1 / self.config["rope_theta"] ** (count(half) / half))
-            self.tables = angle.cos().to(device), angle.sin().to(device)
-        return self.tables[0][:T], self.tables[1][:T]
-
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, where: Tensor | None = None, hidden: bool = False):
         net, lora = self.model["transformer"], self.adapters[self.active] if self.active else None
         visible = None if attention_mask is None else attention_mask.bool()[:, None, None]  # keys; a pad's own row is garbage
-        x, rest = net["wte"](ids), (*self.rope(ids.shape[1], ids.device), visible, lora)
+        turn = angles(ids.shape[1], self.config["d_model"] // self.config["n_heads"] // 2, self.config["rope_theta"], ids.device)
+        x, rest = net["wte"](ids), (*turn, visible, lora)
         for block in net["blocks"]:
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
@@ -207,16 +199,14 @@ class LLaDA(nn.Module):
             model = cls(read_json(folder / "config.json")).requires_grad_(False)
         if prepare:
             prepare(model)
-        wanted, files, filled = model.state_dict(), weight_map(folder), {}
-        odd = wanted.keys() ^ files.keys()
+        wanted, filled = model.state_dict(), {}
+        for file, names in shards(folder).items():
+            for name, t in read_shard(folder / file, names):
+                cut, t = wanted.get(name, t), t.to(device, dtype)
+                need(t.shape == cut.shape, f"{folder / file}: {name} is {(*t.shape,)}, config.json asks for {(*cut.shape,)}; they do not belong together")
+                filled[name] = dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements) if hasattr(cut, "placements") else t
+        odd = wanted.keys() ^ filled.keys()
         need(not odd, f"{folder}: {len(odd)} tensors are missing or not of this config.json, such as {min(odd, default='')}; download again")
-        for file in sorted(set(files.values())):
-            for name, t in read_shard(folder / file, [k for k in files if files[k] == file]):
-                need(t.shape == wanted[name].shape, f"{folder / file}: {name} is {tuple(t.shape)}, config.json asks for "
-                     f"{tuple(wanted[name].shape)}; they do not belong together")
-                t, cut = t.to(device, dtype), wanted[name]
-                whole = not hasattr(cut, "placements")
-                filled[name] = t if whole else dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements)
         model.load_state_dict(filled, assign=True)
         return model.requires_grad_(False).eval()
 
@@ -242,29 +232,20 @@ def locate(source: str | Path) -> Path:
               "without one: python llada_finetune.py --toy"):  # the hub's client fails in dozens of ways that all mean the same
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, from the index or from a single file without one."""
+def shards(folder: Path) -> dict[str, list[str] | None]:
+    """File -> names of its tensors, from the index; without one the single file -> None, for all that it holds."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists() and not index.exists():
-        with open_shard(single) as file:
-            return {name: single.name for name in file.keys()}
+        return {single.name: None}
     files = read_json(index).get("weight_map")
-    need(isinstance(files, dict) and all(isinstance(file, str) for file in files.values()), f"{index} has no valid weight_map; download it again")
-    lost = [file for file in files.values() if not (folder / file).is_file()]
-    need(files and not lost, f"{folder / lost[0] if lost else 'the weight_map of ' + str(index)} is missing; download it again")
-    return files
-
-@contextlib.contextmanager
-def open_shard(path: Path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is torn or no safetensors file ({str(e)[:80]}); get it again") from None
+    need(files and isinstance(files, dict) and {*map(type, files.values())} == {str}, f"{index} has no valid weight_map; download it again")
+    for file in files.values():
+        need((folder / file).is_file(), f"{folder / file} is missing; download it again")
+    return {file: [k for k in files if files[k] == file] for file in sorted(set(files.values()))}
 
 def read_shard(path: Path, names: list[str] | None = None):
     """Yields (name, tensor), one at a time."""
-    with open_shard(path) as file:
+    with told(f"{path} is torn or no safetensors file; get it again", SafetensorError, OSError), safe_open(path, framework="pt") as file:
         lost = set(names or []) - set(file.keys())
         need(not lost, f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again")
         for name in names or file.keys():
@@ -320,22 +301,18 @@ class LoRA(nn.Module):
             p.data.copy_(tensors[k])
         return lora.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def follow(self, values: dict[str, Tensor]) -> None:
-        """Takes over the values of an adapter or of its average; the base is not touched."""
-        for name, p in self.named_parameters():
-            p.copy_(values[name])
+    follow = nn.Module.load_state_dict  # takes over, in place, the values of an adapter or of its average; the base is not touched
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """W + (alpha / rank) B A, added in float32, rounded to the checkpoint's dtype, shard by shard, under the original names."""
     need(not out.exists(), f"{out} exists; --merge writes a new folder")
     lora = LoRA.load(adapter, check_config(read_json(base / "config.json")))
-    files, half = weight_map(base), out.with_name(f".half-{out.name}")
+    half = out.with_name(f".half-{out.name}")
     place = {f"model.transformer.blocks.{k.replace(':', '.')}.weight": k for k in lora.A}
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
-    for file in tqdm(sorted(set(files.values())), desc="merge", unit="shard"):
-        tensors = dict(read_shard(base / file, [k for k in files if files[k] == file]))
+    for file, names in tqdm(shards(base).items(), desc="merge", unit="shard"):
+        tensors = dict(read_shard(base / file, names))
         for name in tensors.keys() & place.keys():
             delta = lora.alpha / lora.rank * (lora.B[place[name]] @ lora.A[place[name]])
             tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
@@ -390,8 +367,7 @@ def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, s
         attention_mask = None if attention_mask.all() else F.pad(attention_mask.bool(), (0, gen_length), value=True)
     answer = lambda yt, where: model(torch.cat([prompt_ids, yt], 1), attention_mask, F.pad(where, (P, 0)))
     yt = prompt_ids.new_full((len(prompt_ids), gen_length), mask_id)
-    for yt in dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask):
-        pass
+    *_, yt = dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask)
     return torch.cat([prompt_ids, yt], 1)
 
 # ---- 5. Tasks: rewards, prompts, rows ------------------------------------------------------------
@@ -913,9 +889,8 @@ class Run:
 
     def shared(self) -> dict[str, Tensor]:
         """What all ranks have in common; the tensors themselves, so that `load` can fill them."""
-        names = {p: k for k, p in self.student.named_parameters()}
-        parts = {"student": dict(self.student.named_parameters()), "teacher": dict(self.teacher.named_parameters()), "ema": self.ema,
-                 "adam": {f"{k}.{name}": t for p, k in names.items() for name, t in self.adam.state[p].items()}}
+        parts = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "ema": self.ema,
+                 "adam": {f"{k}.{name}": t for k, p in self.student.named_parameters() for name, t in self.adam.state[p].items()}}
         return {f"{part}.{k}": t for part, tensors in parts.items() for k, t in tensors.items()} | {"control": self.control.seen}
 
     def save(self) -> None:
@@ -1081,7 +1056,7 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
                 run.save()
         if n == state["phase"]:  # the boundary: teacher <- student or its average
             for adapter in (run.teacher, run.student):
-                adapter.follow(run.ema or dict(run.student.named_parameters()))
+                adapter.follow(run.ema or run.student.state_dict())
             run.open_phase()
             state.update(phase=n + 1, step=0)
             look(a + h)
