@@ -370,6 +370,19 @@ def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, s
     *_, yt = dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask)
     return torch.cat([prompt_ids, yt], 1)
 
+def by_length(items, size: int, key: Callable) -> list[list[int]]:
+    """Batches of `size` of near length: little padding, and none (hence no attention mask) where lengths are equal."""
+    items = sorted(items, key=key)
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+def decode(model: LLaDA, prompts: list[list[int]], gen_length: int, chunk: int, generator: Generator, quiet: bool = True, **how) -> Tensor:
+    """Answers (N, gen_length) to N prompts, in their order, `chunk` of near length at once; `how`: the rest of `generate`."""
+    x1 = torch.empty(len(prompts), gen_length, dtype=torch.long, device=generator.device)
+    for part in tqdm(by_length(range(len(prompts)), chunk, key=lambda i: len(prompts[i])), "decoding", disable=quiet, leave=False):
+        ids, pad = pad_left([prompts[i] for i in part], model.config["pad_token_id"], x1.device)
+        x1[part] = generate(model, ids, gen_length, attention_mask=pad, generator=generator, **how)[:, ids.shape[1]:]
+    return x1
+
 # ---- 5. Tasks: rewards, prompts, rows ------------------------------------------------------------
 FORMAT = ("Think first, then answer, in exactly this form with each tag on its own line:\n"
           "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n")
@@ -728,11 +741,6 @@ class Ranks:
             dist.barrier()
 
 # ---- 8. The buffer -------------------------------------------------------------------------------
-def by_length(items, size: int, key: Callable) -> list[list[int]]:
-    """Batches of `size` of near length: little padding, and none (hence no attention mask) where lengths are equal."""
-    items = sorted(items, key=key)
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
 def canvas(ids: Tensor, x1: Tensor, hide: Tensor, where: Tensor, pad: Tensor | None, model: LLaDA):
     """The model's arguments: prompt and answer with `hide` masked, attention mask, the positions whose logits are wanted."""
     pad = None if pad is None else F.pad(pad, (0, x1.shape[1]), value=True)
@@ -770,12 +778,8 @@ class Buffer:
     def fill(self, model: LLaDA, count: int) -> None:
         """The teacher answers `count` new prompts; the oldest answers make room. Negative rewards count as 0, as in the release."""
         cfg, rows, old = self.cfg, [row for row in self.take(count) for _ in range(self.cfg.completions)], self.data
-        x1 = torch.empty(len(rows), cfg.gen_length, dtype=torch.long, device=self.ranks.device)
-        model.eval().use("teacher")
-        for part in by_length(range(len(rows)), cfg.chunk, key=lambda i: len(self.prompt(rows[i]))):
-            ids, pad = self.prompts([rows[i] for i in part])
-            out = generate(model, ids, cfg.gen_length, cfg.block, cfg.steps, cfg.temperature, pad, self.generator, cfg.order, ban_mask=True)
-            x1[part] = out[:, ids.shape[1]:]
+        x1 = decode(model.eval().use("teacher"), [*map(self.prompt, rows)], cfg.gen_length, cfg.chunk, self.generator, block=cfg.block,
+                    steps=cfg.steps, temperature=cfg.temperature, order=cfg.order, ban_mask=True)
         task, pairs = TASKS[cfg.task], [(self.text.answer(answer), self.rows[row]) for answer, row in zip(x1.tolist(), rows)]
         new = {"row": torch.tensor(rows), "x1": x1, "r": torch.tensor([max(0.0, task.reward(*pair)) for pair in pairs]).double(),
                "solved": torch.tensor([task.correct(*pair) for pair in pairs]).double()}
@@ -1066,27 +1070,25 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
 def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0) -> dict | None:
     """Decodes every row once with the teacher's adapter, by confidence, at the rollouts' tokens a step. Scores with standard errors
     on rank 0, None elsewhere; `path` receives the answers as JSONL in the order of the rows."""
-    cfg, ranks, task, model = run.cfg, run.ranks, TASKS[run.cfg.task], run.model.eval().use("teacher")
+    cfg, ranks, task = run.cfg, run.ranks, TASKS[run.cfg.task]
     # Every rank decodes as many, so that sharded ranks keep step; the repeats at the end count once.
     mine = [i % len(rows) for i in range(ranks.rank, -(-len(rows) // ranks.size) * ranks.size, ranks.size)]
-    prompts, ids = {i: run.text.prompt(task.prompt(rows[i])) for i in mine}, torch.empty(len(mine), gen_length, dtype=torch.long, device=ranks.device)
-    steps, g = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length), Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
-    for part in tqdm(by_length(range(len(mine)), cfg.chunk, key=lambda j: len(prompts[mine[j]])), "decoding", disable=ranks.rank > 0, leave=False):
-        prompt, pad = pad_left([prompts[mine[j]] for j in part], model.config["pad_token_id"], ranks.device)
-        ids[part] = generate(model, prompt, gen_length, cfg.block, steps, temperature, pad, g)[:, prompt.shape[1]:]
+    prompts, g = [run.text.prompt(task.prompt(rows[i])) for i in mine], Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+    steps = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length)
+    ids = decode(run.model.eval().use("teacher"), prompts, gen_length, cfg.chunk, g, ranks.rank > 0, block=cfg.block, steps=steps, temperature=temperature)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
     if ranks.rank:
         return None
-    texts = [run.text.answer(x) for x in ids]
-    scores = {"solved": [float(task.correct(t, row)) for t, row in zip(texts, rows)], "reward": [task.reward(t, row) for t, row in zip(texts, rows)]}
+    graded = [row | {"text": t, "solved": float(task.correct(t, row)), "reward": task.reward(t, row)} for t, row in zip(map(run.text.answer, ids), rows)]
     if path:
-        write(path, "".join(json.dumps({**row, "text": t, **{k: v[i] for k, v in scores.items()}}) + "\n" for i, (row, t) in enumerate(zip(rows, texts))))
-    got = {"n": len(rows)} | {k: float(torch.tensor(v).double().mean()) for k, v in scores.items()}
-    got |= {f"{k}_se": float(torch.tensor(v).double().std(correction=0)) / len(rows)**0.5 for k, v in scores.items()}
-    if task.cells:  # pooled over cells; the error counts rows, as a puzzle's cells stand or fall together
-        right, cells = torch.tensor([task.cells(t, row) for t, row in zip(texts, rows)], dtype=torch.float64).unbind(1)
-        share = right.sum() / cells.sum()
-        got |= {"cells": float(share), "cells_se": float((right - share * cells).std(correction=0) / len(rows)**0.5 / cells.mean())}
+        write(path, "".join(json.dumps(line) + "\n" for line in graded))
+    parts = {k: [(line[k], 1) for line in graded] for k in ("solved", "reward")}
+    parts |= {"cells": [task.cells(line["text"], line) for line in graded]} if task.cells else {}
+    got = {"n": len(rows)}
+    for k, pairs in parts.items():  # pooled over cells; the error counts rows, as a puzzle's cells stand or fall together
+        part, whole = torch.tensor(pairs).double().unbind(1)
+        share = part.sum() / whole.sum()
+        got |= {k: float(share), f"{k}_se": float((part - share * whole).std(correction=0) / len(rows)**0.5 / whole.mean())}
     return got
 
 def show(got: dict) -> str:
