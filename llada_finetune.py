@@ -70,6 +70,7 @@ def told(message: str, *kinds: type[Exception]):
 def write(path: Path, content: dict | list | str) -> None:
     """Tensors (*.safetensors), text, or JSON; beside its name, then renamed, so that no reader meets half a file."""
     half = path.with_name(f".half-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({k: t.detach().contiguous().cpu() for k, t in content.items()}, half, metadata={"format": "pt"})
     else:
@@ -212,7 +213,6 @@ class LLaDA(nn.Module):
 
     def save_pretrained(self, folder: Path, shards: int = 2) -> None:
         """config.json, shards and their index in the original's format, without adapters."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: t for k, t in self.state_dict().items() if not k.startswith("adapters")}
         files = {k: f"model-{i * shards // len(tensors) + 1:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)}
         for file in set(files.values()):
@@ -279,7 +279,6 @@ class LoRA(nn.Module):
 
     def save(self, folder: Path, base: str) -> None:
         """A PEFT folder. Its targets are a regex, as the bare name ff_out would also adapt the head."""
-        folder.mkdir(parents=True, exist_ok=True)
         write(folder / "adapter_model.safetensors", self.peft())
         write(folder / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
@@ -898,22 +897,18 @@ class Run:
         return {f"{part}.{k}": t for part, tensors in parts.items() for k, t in tensors.items()} | {"control": self.control.seen}
 
     def save(self) -> None:
-        """RUN/step-N, renamed when every rank has written its part; the last two are kept."""
-        final = self.out / f"step-{self.state['total']:07}"
-        half = final.with_name(f".half-{final.name}")
+        """RUN/step-N, renamed when every rank has written its part over what a killed run may have left; the last two are kept."""
+        name, own = f"step-{self.state['total']:07}", {f"buffer.{k}": t for k, t in self.buffer.data.items()}
+        half, own["cursor"] = self.out / f".half-{name}", torch.tensor([self.buffer.cursor, self.buffer.skipped])
+        own |= {"generator": self.generator.get_state(), "cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.ranks.cuda else {})
+        write(half / f"rank{self.ranks.rank}.safetensors", own)
         if self.ranks.rank == 0:
-            shutil.rmtree(half, ignore_errors=True)
             self.student.save(half / "adapter", self.cfg.model)
             write(half / "shared.safetensors", self.shared())
             write(half / "state.json", self.state)
         self.ranks.wait()
-        own = {f"buffer.{k}": t for k, t in self.buffer.data.items()} | ({"cuda": torch.cuda.get_rng_state()} if self.ranks.cuda else {})
-        own |= {"cursor": torch.tensor([self.buffer.cursor, self.buffer.skipped]), "generator": self.generator.get_state(), "cpu": torch.get_rng_state()}
-        write(half / f"rank{self.ranks.rank}.safetensors", own)
-        self.ranks.wait()
         if self.ranks.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            half.replace(final)
+            half.replace(self.out / name)
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
 
@@ -1095,6 +1090,7 @@ def show(got: dict) -> str:
     return ", ".join(f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}" for k in ("solved", "cells", "reward") if k in got) + f" (n = {got['n']})"
 
 # ---- 13. The laptop's LLaDA ----------------------------------------------------------------------
+CHARS = "?0123456789+-*/()= "
 TOY = CONFIG_8B | dict(d_model=64, n_layers=4, n_heads=4, mlp_hidden_size=192, vocab_size=24, rope_theta=1000.0, mask_token_id=23, eos_token_id=1,
                        pad_token_id=1)
 SLOPPY = dict(steps=1600, batch=128, lr=4e-3, lazy=0.7)
@@ -1109,20 +1105,17 @@ def save_tokenizer(folder: Path, config: dict) -> None:
     """A tokenizer.json of single characters, special tokens at the ids of the config."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     special = {"<|startoftext|>": 0, "<|endoftext|>": config["eos_token_id"], "<|mdm_mask|>": config["mask_token_id"]}
-    tok = Tokenizer(models.WordLevel(special | {c: i for i, c in enumerate("?0123456789+-*/()= ", 2)}, unk_token="?"))
+    tok = Tokenizer(models.WordLevel(special | {c: i for i, c in enumerate(CHARS, 2)}, unk_token="?"))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tok.add_special_tokens(list(special))
-    folder.mkdir(parents=True, exist_ok=True)
-    tok.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer.json", tok.to_str(pretty=True))
 
 def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]) -> None:
     """A small LLaDA, trained on puzzles whose rows are each filled lazily with chance .7, saved in the checkpoint's format."""
-    if ranks.rank == 0:
-        save_tokenizer(folder, TOY)
-    ranks.wait()
-    text, rows, g = Text(folder, TOY), TASKS["toy"].rows("train"), Generator(ranks.device).manual_seed(seed + ranks.rank)
-    encode = lambda texts: torch.tensor([text.tok.encode(t).ids for t in texts], device=ranks.device)
-    prompt, right, wrong = encode("<|startoftext|>" + r["puzzle"] for r in rows), encode(r["solution"] for r in rows), encode(map(lazy, rows))
+    rows, g = TASKS["toy"].rows("train"), Generator(ranks.device).manual_seed(seed + ranks.rank)
+    encode = lambda texts: torch.tensor([[CHARS.index(c) + 2 for c in text] for text in texts], device=ranks.device)
+    prompt, right, wrong = encode(r["puzzle"] for r in rows), encode(r["solution"] for r in rows), encode(map(lazy, rows))
+    prompt = F.pad(prompt, (1, 0), value=0)  # <|startoftext|>
     model = LLaDA(TOY).init_weights(Generator().manual_seed(seed)).to(ranks.device)
     trained = nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
     adam = torch.optim.AdamW(model.parameters(), SLOPPY["lr"], (0.9, 0.98))
@@ -1137,6 +1130,7 @@ def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]
         rate.step()
         adam.zero_grad()
     if ranks.rank == 0:
+        save_tokenizer(folder, TOY)
         model.save_pretrained(folder)
     ranks.wait()
 
@@ -1248,7 +1242,6 @@ def start_run(cfg: SimpleNamespace, ranks: Ranks) -> Run:
     run = Run(cfg, ranks, task_rows(cfg, "train"))
     ranks.wait()
     if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
         write(out / "config.json", vars(cfg))
     return run
 
@@ -1269,7 +1262,6 @@ def test_table(cfg: SimpleNamespace, ranks: Ranks, adapter: str | None, lengths:
     run, table = Run(cfg, ranks, rows), {}
     if adapter:
         run.model.adapters["teacher"] = LoRA.load(Path(adapter), run.model.config).to(ranks.device, ranks.dtype)
-    run.out.mkdir(parents=True, exist_ok=True)
     for length in lengths:
         if got := evaluate(run, rows, length, run.out / f"eval-{length}.jsonl"):
             table[length] = got
