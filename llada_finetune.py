@@ -191,15 +191,17 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                        prepare: Callable | None = None) -> "LLaDA":
-        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device and filled tensor by tensor
-        from the shards that the index names, however they are cut; `prepare(model)` may shard it before that. Raises
-        ValueError for a missing, torn or misshapen file and for a config.json of another kind of model."""
+                        shard: bool = False) -> "LLaDA":
+        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device and filled tensor by tensor from the
+        files that the index names, however they are cut; `shard` cuts the model over the ranks. Raises ValueError for a missing, torn
+        or misshapen file and for a config.json of another kind of model."""
         folder = locate(source)
         with torch.device("meta"):
             model = cls(read_json(folder / "config.json")).requires_grad_(False)
-        if prepare:
-            prepare(model)
+        if shard:  # FSDP2 on the frozen base, a block at a time; adapters come later and stay whole
+            from torch.distributed.fsdp import fully_shard
+            for part in (*model.model["transformer"]["blocks"], model):
+                fully_shard(part)
         wanted, filled = model.state_dict(), {}
         for file, names in shards(folder).items():
             for name, t in read_shard(folder / file, names):
@@ -239,13 +241,11 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
         return {single.name: None}
     files = read_json(index).get("weight_map")
     need(files and isinstance(files, dict) and {*map(type, files.values())} == {str}, f"{index} has no valid weight_map; download it again")
-    for file in files.values():
-        need((folder / file).is_file(), f"{folder / file} is missing; download it again")
     return {file: [k for k in files if files[k] == file] for file in sorted(set(files.values()))}
 
 def read_shard(path: Path, names: list[str] | None = None):
     """Yields (name, tensor), one at a time."""
-    with told(f"{path} is torn or no safetensors file; get it again", SafetensorError, OSError), safe_open(path, framework="pt") as file:
+    with told(f"{path} is missing or is torn; get it again", SafetensorError, OSError), safe_open(path, framework="pt") as file:
         lost = set(names or []) - set(file.keys())
         need(not lost, f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again")
         for name in names or file.keys():
@@ -327,10 +327,8 @@ class Text:
 
     def __init__(self, folder: Path, config: dict):
         from tokenizers import Tokenizer
-        path = folder / "tokenizer.json"
-        need(path.is_file(), f"{path} is missing; copy it from the original checkpoint")
-        with told(f"{path} is torn or no tokenizer; get it again"):  # the library raises nothing narrower
-            self.tok = Tokenizer.from_file(str(path))
+        with told(f"{folder / 'tokenizer.json'} is missing or is torn; copy it from the original checkpoint"):  # it raises nothing narrower
+            self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.chat = self.tok.token_to_id("<|start_header_id|>") is not None  # LLaDA-8B-Base has no chat tokens
         self.ends = {config["eos_token_id"], self.tok.token_to_id("<|eot_id|>")}
 
@@ -397,12 +395,11 @@ def last_box(text: str) -> str | None:
 def extract(text: str, box_anywhere: bool = False) -> str | None:
     """The one rule for rewards and metrics: the last whole <answer>, or the last box inside it; `box_anywhere` (GSM8K, MATH)
     falls back on the last box of the text. None where there is no answer."""
-    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    if start < 0:
+    inside = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text, re.S)
+    if not inside:
         return last_box(text) if box_anywhere else None
-    inside = text[start + len("<answer>"):text.find("</answer>", start)]
-    box = last_box(inside)
-    return inside.strip() if box is None else box
+    box = last_box(inside[-1])
+    return inside[-1].strip() if box is None else box
 
 def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
     """Value and numbers of an expression in integers, + - * / and parentheses, exactly; None for anything else. The text is
@@ -434,10 +431,8 @@ def countdown_reward(text: str, row: dict) -> float:
     got = arithmetic(answer.split("=")[0])
     return 1.0 if got and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"]) else 0.1
 
+sudoku_digits = lambda text: re.sub("[^0-9]", "", extract(text) or "")[:16].ljust(16, "0")
 UNITS = [[*u] for i in range(4) for u in (range(4 * i, 4 * i + 4), range(i, 16, 4), [i // 2 * 8 + i % 2 * 2 + j for j in (0, 1, 4, 5)])]
-
-def sudoku_digits(text: str) -> str:
-    return re.sub("[^0-9]", "", extract(text) or "")[:16].ljust(16, "0")
 
 def sudoku_cells(text: str, row: dict) -> tuple[int, int]:
     """(right, all) of the cells that were empty, against the stored solution."""
@@ -559,9 +554,6 @@ def countdown_problems() -> list[dict]:
             rows[(*sorted(numbers), got[0])] = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
     return [*rows.values()]
 
-def countdown_rows(split: str) -> list[dict]:
-    return countdown_problems()[{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
-
 def cut(rows: list[dict], split: str) -> list[dict]:
     """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
     rows = random.Random(0).sample(rows, len(rows))
@@ -591,6 +583,7 @@ GRID = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
 ASK = {"question": ("question", "problem"), "answer": ("answer", "solution")}
 SUM = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
 BOX = "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
+countdown_rows = lambda split: countdown_problems()[{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
 gsm8k_rows = functools.partial(hub_rows, *(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")))
 math_rows = functools.partial(hub_rows, ("ankner/math-500", None, "train", "problem", "solution"),
                               ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"))
@@ -687,12 +680,12 @@ def settings(task: str, **given) -> SimpleNamespace:
     """The task's preset with the given changes, checked."""
     need(task in PRESETS, f"--task {task}: expected one of {', '.join(PRESETS)}")
     cfg = SimpleNamespace(**PRESETS[task] | (DMPO if given.get("objective") == "dmpo" else {}) | given)
-    cfg.out, blocks, zero = cfg.out or f"runs/{task}-{cfg.seed}", cfg.gen_length // max(1, cfg.block), "seed ess refresh refresh_steps "
-    zero += "temperature weight_decay ema dropout eval_rows lr_min"
+    cfg.out, blocks = cfg.out or f"runs/{task}-{cfg.seed}", cfg.gen_length // max(1, cfg.block)
+    zero = [key for key, values in SETTINGS.items() if 0 in values] + ["eval_rows", "lr_min"]  # may be 0, as some preset's is
     for key, choices in dict(objective="dtm dmpo", normalize="none batch group", lora="all paper", order="confidence state random").items():
         need(getattr(cfg, key) in choices.split(), f"--{key} {getattr(cfg, key)}: expected one of {choices}")
     for key, value in vars(cfg).items():
-        good = isinstance(value, (str, bool)) or math.isfinite(value) and (value > 0 or key in zero.split() and value == 0)
+        good = isinstance(value, (str, bool)) or math.isfinite(value) and (value > 0 or key in zero and value == 0)
         need(good, f"--{key} {value} must be positive")
     same = all(path and Path(path).is_file() for path in (cfg.data, cfg.test_data)) and Path(cfg.data).read_bytes() == Path(cfg.test_data).read_bytes()
     for ok, message in (
@@ -820,7 +813,8 @@ class ControlVariate:
     teacher's final hidden state (or itself, if it is no wider). More numbers would learn a buffer's w by heart."""
 
     def __init__(self, kind: str, width: int, device: torch.device):
-        self.kind, self.beta, self.fitted, k = kind, None, kind in ("star", "learned"), min(width, 64)
+        self.fitted, k = kind in ("star", "learned"), min(width, 64)
+        self.constant = 1.0 if self.fitted else float(kind)
         project = torch.eye(k) if k == width else torch.randn(width, k, generator=Generator().manual_seed(0)) * width**-0.5
         self.project, n = project.to(device), 1 + k * (kind == "learned")
         self.seen, self.new = (torch.zeros(n, n + 1, device=device, dtype=torch.float64) for _ in range(2))
@@ -829,8 +823,11 @@ class ControlVariate:
         return F.pad(hidden.float() @ self.project, (1, 0), value=1.0)[:, :len(self.seen)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        constant = 1.0 if self.fitted else float(self.kind)
-        return torch.full((len(hidden),), constant, device=hidden.device) if self.beta is None else self.phi(hidden) @ self.beta
+        G, b = self.seen[:, :-1], self.seen[:, -1]
+        if not (self.fitted and G.any()):
+            return torch.full((len(hidden),), self.constant, device=hidden.device)
+        ridge = 1e-3 * G.trace() / len(b) * (torch.arange(len(b), device=b.device) > 0)  # on all but the mean: a poor fit falls back on c*
+        return self.phi(hidden) @ torch.linalg.solve(G + ridge.diag(), b).float()
 
     def see(self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor) -> None:
         """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives a position."""
@@ -843,12 +840,6 @@ class ControlVariate:
         """At the end of a step, so that c never depends on the batch it serves; the same on all ranks."""
         if self.fitted:
             self.seen, self.new = 0.95 * self.seen + ranks.gather(self.new[None]).sum(0), torch.zeros_like(self.new)
-            self.solve()
-
-    def solve(self) -> None:  # a ridge on all but the mean: a poor fit falls back on c*
-        G, b = self.seen[:, :-1], self.seen[:, -1]
-        ridge = 1e-3 * G.trace() / len(b) * (torch.arange(len(b), device=b.device) > 0)
-        self.beta = torch.linalg.solve(G + ridge.diag(), b).float() if G.any() else None
 
 # ---- 10. A run and its checkpoints ---------------------------------------------------------------
 class Run:
@@ -857,8 +848,9 @@ class Run:
     def __init__(self, cfg: SimpleNamespace, ranks: Ranks, rows: list[dict]):
         need(not cfg.shard or ranks.size > 1, "--shard needs torchrun and more than one rank")
         self.cfg, self.ranks, self.out, folder = cfg, ranks, Path(cfg.out), locate(cfg.model)
+        self.say = tqdm.write if ranks.rank == 0 else lambda line: None
         self.text = Text(folder, read_json(folder / "config.json"))
-        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, prepare=shard if cfg.shard else None)
+        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, cfg.shard)
         config, maps, seed = self.model.config, ADAPTED[cfg.lora], cfg.seed + ranks.rank
         self.model.checkpointing = cfg.checkpointing
         self.student, self.teacher = (LoRA(config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed).to(ranks.device) for _ in range(2))
@@ -881,10 +873,6 @@ class Run:
         self.ema = {k: p.detach().clone() for k, p in self.student.named_parameters()} if self.cfg.ema else {}
         self.control = ControlVariate(self.cfg.c, self.model.config["d_model"], self.ranks.device)
 
-    def say(self, line: str) -> None:
-        if self.ranks.rank == 0:
-            tqdm.write(line)
-
     def log(self, **record) -> None:
         if self.ranks.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -900,7 +888,7 @@ class Run:
         """RUN/step-N, renamed when every rank has written its part over what a killed run may have left; the last two are kept."""
         name, own = f"step-{self.state['total']:07}", {f"buffer.{k}": t for k, t in self.buffer.data.items()}
         half, own["cursor"] = self.out / f".half-{name}", torch.tensor([self.buffer.cursor, self.buffer.skipped])
-        own |= {"generator": self.generator.get_state(), "cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if self.ranks.cuda else {})
+        own |= {"generator": self.generator.get_state(), "torch": (torch.cuda if self.ranks.cuda else torch).get_rng_state()}
         write(half / f"rank{self.ranks.rank}.safetensors", own)
         if self.ranks.rank == 0:
             self.student.save(half / "adapter", self.cfg.model)
@@ -921,30 +909,20 @@ class Run:
         saved, own = dict(read_shard(last / "shared.safetensors")), dict(read_shard(last / f"rank{self.ranks.rank}.safetensors"))
         for name, t in self.shared().items():
             t.copy_(saved[name])
-        self.control.solve()
         self.buffer.data = {k[7:]: t.to(self.ranks.device) if k == "buffer.x1" else t for k, t in own.items() if k.startswith("buffer.")}
         self.buffer.cursor, self.buffer.skipped = own["cursor"].tolist()
         self.generator.set_state(own["generator"])
-        torch.set_rng_state(own["cpu"])
-        if self.ranks.cuda:
-            torch.cuda.set_rng_state(own["cuda"])
+        (torch.cuda if self.ranks.cuda else torch).set_rng_state(own["torch"])
         if self.ranks.rank == 0:
             write(self.out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in read_log(self.out) if r["total"] <= self.state["total"]))
         self.say(f"resumed {last}: phase {self.state['phase']}, step {self.state['step']}")
 
-def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("step-*"))
+checkpoints = lambda out: sorted(out.glob("step-*"))
 
 def read_log(out: Path) -> list[dict]:
     """The records of a run; a killed one may end in half a line."""
     need((out / "metrics.jsonl").is_file(), f"{out} holds no metrics.jsonl; expected the folder of a run")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-def shard(model: LLaDA) -> None:
-    """FSDP2 on the frozen base, a block at a time; adapters come later and stay whole."""
-    from torch.distributed.fsdp import fully_shard
-    for part in (*model.model["transformer"]["blocks"], model):
-        fully_shard(part)
 
 def parallel(model: LLaDA, ranks: Ranks) -> nn.Module:
     """DDP on the student's adapter; the base is frozen and the same everywhere, or cut by FSDP2, and nothing DDP should touch."""
@@ -1035,8 +1013,7 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
             norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
             need(math.isfinite(norm) and bool(sums.isfinite().all()), f"the loss is not finite at step {state['total'] + 1}, rank {ranks.rank}, prompts "
                  f"{sorted({int(buffer.data['row'][i]) for i in picks})}; the last checkpoint is untouched. Try a lower --lr or --h, or --normalize batch")
-            for group in run.adam.param_groups:
-                group["lr"] = learning_rate(cfg, step)
+            run.adam.param_groups[0]["lr"] = learning_rate(cfg, step)
             run.adam.step()
             run.adam.zero_grad()
             run.control.fit(ranks)
