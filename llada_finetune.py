@@ -37,10 +37,10 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -309,16 +309,14 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     half = out.with_name(f".half-{out.name}")
     place = {f"model.transformer.blocks.{k.replace(':', '.')}.weight": k for k in lora.A}
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
+    keep = (".json", ".py", ".txt", ".jinja")  # config, index, tokenizer, remote code
+    shutil.copytree(base, half, ignore=lambda _, names: [name for name in names if Path(name).suffix not in keep])
     for file, names in tqdm(shards(base).items(), desc="merge", unit="shard"):
         tensors = dict(read_shard(base / file, names))
         for name in tensors.keys() & place.keys():
             delta = lora.alpha / lora.rank * (lora.B[place[name]] @ lora.A[place[name]])
             tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
         write(half / file, tensors)
-    for extra in base.iterdir():  # config, index, tokenizer, remote code
-        if extra.suffix in (".json", ".py", ".txt", ".jinja"):
-            shutil.copy(extra, half / extra.name)
     half.replace(out)
 
 # ---- 4. Text in, text out ------------------------------------------------------------------------
@@ -344,10 +342,9 @@ class Text:
 
 def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
     """ids (B, P) and attention mask (B, P), None when nothing is padded: decided once a batch, on the host."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    start = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
-    return ids, None if min(map(len, prompts)) == width else torch.arange(width, device=device) >= start
+    width, pads = max(map(len, prompts)), [max(map(len, prompts)) - len(p) for p in prompts]
+    ids = torch.tensor([[pad_id] * n + p for n, p in zip(pads, prompts)], device=device)
+    return ids, torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None] if any(pads) else None
 
 @torch.no_grad()
 def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, steps: int, temperature: float = 0.0,
@@ -567,8 +564,7 @@ def hub_rows(train: tuple, test: tuple, split: str) -> list[dict]:
         got = [{"question": r[question], "answer": r[answer]} for r in load_dataset(name, part, split=piece)]
     return got if split == "test" else cut(got, split)
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """rows(split) with split "train", "valid" or "test"; prompt(row); reward(text, row) in [0, top]; correct(text, row); `keys`:
     what a row's keys may be called in a file; cells(text, row) -> (right, all), if an answer has parts."""
     rows: Callable[[str], list[dict]]
@@ -720,6 +716,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
+        self.wait = dist.barrier if self.size > 1 else lambda: None
 
     def gather(self, t: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, one after the other."""
@@ -727,10 +724,6 @@ class Ranks:
         if self.size > 1:
             dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
 
 # ---- 8. The buffer -------------------------------------------------------------------------------
 def canvas(ids: Tensor, x1: Tensor, hide: Tensor, where: Tensor, pad: Tensor | None, model: LLaDA):
@@ -981,20 +974,20 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
 
     def look(a: float) -> None:
         for split, rows in (("valid", valid), ("test", test)):
-            got = evaluate(run, rows, cfg.gen_length) if rows else None
-            if got:  # on rank 0
+            if rows and (got := evaluate(run, rows, cfg.gen_length)):  # on rank 0
                 run.log(kind="eval", split=split, phase=state["phase"], a=a, **got)
                 run.say(f"a = {a:6.2f} {split:>5}: " + show(got))
-            if got and split == "valid" and got["solved"] > state["best"]:
-                state.update(best=got["solved"], best_phase=state["phase"])
-                run.teacher.save(run.out / "best", cfg.model)
+                if split == "valid" and got["solved"] > state["best"]:
+                    state.update(best=got["solved"], best_phase=state["phase"])
+                    run.teacher.save(run.out / "best", cfg.model)
         lap("eval")
 
     if state["total"] == 0 and not state["h"]:
         look(0.0)
     for n, (a, h) in enumerate(phases(cfg.a_end, next_h)):
-        bar = tqdm(range(state["step"] if n == state["phase"] else cfg.steps_per_h, cfg.steps_per_h), f"a {a:.1f} of {cfg.a_end:g}",
-                   disable=ranks.rank > 0 or n < state["phase"], unit="step", dynamic_ncols=True)
+        if n < state["phase"]:  # a resumed run's past
+            continue
+        bar = tqdm(range(state["step"], cfg.steps_per_h), f"a {a:.1f} of {cfg.a_end:g}", unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
         for step in bar:
             if step and cfg.refresh and cfg.refresh_steps and step % cfg.refresh_steps == 0:
                 buffer.fill(model, cfg.refresh)
@@ -1030,13 +1023,12 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
             bar.set_postfix(loss=f"{loss:.3g}", reward=f"{float(r.mean()):.3f}", h=f"{h:.2f}", refresh=False)
             if state["total"] % cfg.save_every == 0 and step + 1 < cfg.steps_per_h:
                 run.save()
-        if n == state["phase"]:  # the boundary: teacher <- student or its average
-            for adapter in (run.teacher, run.student):
-                adapter.follow(run.ema or run.student.state_dict())
-            run.open_phase()
-            state.update(phase=n + 1, step=0)
-            look(a + h)
-            run.save()
+        for adapter in (run.teacher, run.student):  # the boundary: teacher <- student or its average
+            adapter.follow(run.ema or run.student.state_dict())
+        run.open_phase()
+        state.update(phase=n + 1, step=0)
+        look(a + h)
+        run.save()
 
 # ---- 12. Evaluation ------------------------------------------------------------------------------
 def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0) -> dict | None:
@@ -1164,7 +1156,7 @@ def bench(cfg: SimpleNamespace, ranks: Ranks) -> dict:
     with ranks.device:
         LLaDA(config).init_weights(Generator(ranks.device).manual_seed(0)).save_pretrained(out / "base", 6)
     torch.set_default_dtype(torch.float32)
-    TASKS["bench"] = replace(TASKS["sudoku"], prompt=lambda row: row["puzzle"].ljust(cfg.prompt_length - 1, "0"))
+    TASKS["bench"] = TASKS["sudoku"]._replace(prompt=lambda row: row["puzzle"].ljust(cfg.prompt_length - 1, "0"))
     cfg = SimpleNamespace(**vars(cfg) | dict(task="bench", model=str(out / "base"), out=str(out / "run"), a_end=cfg.h, steps_per_h=10, save_every=5, refresh=0,
                                              prompts=max(cfg.chunk, cfg.batch * cfg.accum)))
     run = start_run(cfg, ranks)
@@ -1186,28 +1178,26 @@ PANELS = {"solved": "share solved", "cells": "share of empty cells right", "rewa
 
 def plot(runs: list[Path], to: Path) -> None:
     """The runs' logs, a colour for each c, means over runs in bold: TO.png, drawn from TO.json."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     keys = {"kind", "split", "phase", "total", "n", "solved_se", "cells_se", *PANELS}
     log = lambda run: [{k: v for k, v in record.items() if k in keys} for record in read_log(run)]
     table = [{"run": run.name, "settings": read_json(run / "config.json"), "log": log(run)} for run in runs]
     write(to.with_suffix(".json"), json.dumps({"command": "python llada_finetune.py " + " ".join(sys.argv[1:]), "runs": table}) + "\n")
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    fig, split = Figure((16, 7), layout="constrained"), "test" if any(e.get("split") == "test" for r in table for e in r["log"]) else "valid"
     colours = dict(zip(sorted({r["settings"]["c"] for r in table}), itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))))
-    for axis, (key, title) in zip(axes.flat, PANELS.items()):
-        by_phase, tests = key in ("solved", "cells"), any(e.get("split") == "test" for r in table for e in r["log"])
-        chosen = lambda e: key in e and (e.get("split") == ("test" if tests else "valid") if by_phase else e["kind"] == "step")
+    for axis, (key, title) in zip(fig.subplots(2, 4).flat, PANELS.items()):
+        x, kind = ("phase", split) if key in ("solved", "cells") else ("total", "step")
         for c, colour in colours.items():
-            lines = [[(e["phase" if by_phase else "total"], e[key]) for e in r["log"] if chosen(e)] for r in table if r["settings"]["c"] == c]
+            runs = [r["log"] for r in table if r["settings"]["c"] == c]
+            lines = [[(e[x], e[key]) for e in log if key in e and e.get("split", e["kind"]) == kind] for log in runs]
             for line in filter(None, lines):
                 axis.plot(*zip(*line), color=colour, lw=0.8, alpha=0.6)
-            if by_phase and all(lines):
+            if x == "phase" and all(lines):
                 mean = [sum(p[1] for p in points) / len(lines) for points in zip(*lines)]
                 axis.plot(mean, color=colour, lw=2.5, marker="o", label=f"c: {c}, mean of {len(lines)} runs")
-                axis.legend(loc="lower right", title="test rows" if tests else "validation rows")
-        axis.set(title=title, xlabel="phase" if by_phase else "optimiser step")
-        axis.set_ylim(*(0, 1.02) if by_phase else (min(0, axis.get_ylim()[0]),))
+                axis.legend(loc="lower right", title=f"{split} rows")
+        axis.set(title=title, xlabel={"phase": "phase", "total": "optimiser step"}[x])
+        axis.set_ylim(*(0, 1.02) if x == "phase" else (min(0, axis.get_ylim()[0]),))
         axis.grid(alpha=0.3)
     fig.savefig(to.with_suffix(".png"), dpi=100)
 
