@@ -346,6 +346,11 @@ def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device | str =
     ids = torch.tensor([[pad_id] * n + p for n, p in zip(pads, prompts)], device=device)
     return ids, torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None] if any(pads) else None
 
+def canvas(ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The model's arguments for prompts (`pad_left`) with answers xt (B, L) and the positions `where` (B, L) whose logits are wanted."""
+    seen = None if pad is None else F.pad(pad.bool(), (0, xt.shape[1]), value=True)
+    return torch.cat([ids, xt], 1), seen, F.pad(where, (ids.shape[1], 0))
+
 @torch.no_grad()
 def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, steps: int, temperature: float = 0.0,
              attention_mask: Tensor | None = None, generator: Generator | None = None, order: str = "confidence",
@@ -355,11 +360,10 @@ def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, s
     ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on `dtm.sample`. Differences: float32 confidence and noise, head at
     the block's masks only, a mask id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
     need(gen_length > 0 and block > 0 and gen_length % block == 0, f"the answer length {gen_length} must be a multiple of the block {block}")
-    blocks, P, mask_id = gen_length // block, prompt_ids.shape[1], model.config["mask_token_id"]
+    blocks, mask_id = gen_length // block, model.config["mask_token_id"]
     need(steps >= blocks and steps % blocks == 0, f"{steps} steps must be a multiple of the {blocks} blocks")
-    if attention_mask is not None:
-        attention_mask = None if attention_mask.all() else F.pad(attention_mask.bool(), (0, gen_length), value=True)
-    answer = lambda yt, where: model(torch.cat([prompt_ids, yt], 1), attention_mask, F.pad(where, (P, 0)))
+    pad = None if attention_mask is None or attention_mask.all() else attention_mask
+    answer = lambda yt, where: model(*canvas(prompt_ids, pad, yt, where))
     yt = prompt_ids.new_full((len(prompt_ids), gen_length), mask_id)
     *_, yt = dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask)
     return torch.cat([prompt_ids, yt], 1)
@@ -726,16 +730,12 @@ class Ranks:
         return torch.cat(parts)
 
 # ---- 8. The buffer -------------------------------------------------------------------------------
-def canvas(ids: Tensor, x1: Tensor, hide: Tensor, where: Tensor, pad: Tensor | None, model: LLaDA):
-    """The model's arguments: prompt and answer with `hide` masked, attention mask, the positions whose logits are wanted."""
-    pad = None if pad is None else F.pad(pad, (0, x1.shape[1]), value=True)
-    return torch.cat([ids, torch.where(hide, model.config["mask_token_id"], x1)], 1), pad, F.pad(where, (ids.shape[1], 0))
-
-def mask_bernoulli(x1: Tensor, generator: Generator) -> Tensor:
-    """(B, L): DMPO's states, each position with its row's probability .1 + .9 u, at least one."""
+def mask_bernoulli(x1: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """xt, mask (B, L): DMPO's states, each position with its row's probability .1 + .9 u, at least one."""
     noise = torch.rand(x1.shape, generator=generator, device=x1.device)
     share = 0.1 + 0.9 * torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    return (noise < share) | (noise == noise.amin(1, keepdim=True))
+    mask = (noise < share) | (noise == noise.amin(1, keepdim=True))
+    return torch.where(mask, mask_id, x1), mask
 
 class Buffer:
     """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,); for dmpo also log_cur and log_pre (N,)."""
@@ -776,11 +776,11 @@ class Buffer:
         """Bounds (D6) of the log-likelihoods under teacher (cur) and base (pre): two antithetic pairs of masks, the same for both."""
         logs = {"log_cur": torch.zeros(len(rows)).double(), "log_pre": torch.zeros(len(rows)).double()}
         for part in by_length(range(len(rows)), self.cfg.batch, key=lambda i: len(self.prompt(rows[i]))):
-            (ids, pad), y = self.prompts([rows[i] for i in part]), x1[part]
-            for first in (mask_bernoulli(y, self.generator) for _ in range(2)):
+            prompts, y, mask_id = self.prompts([rows[i] for i in part]), x1[part], model.config["mask_token_id"]
+            for _, first in (mask_bernoulli(y, mask_id, self.generator) for _ in range(2)):
                 for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
                     for log, adapter in zip(logs.values(), ("teacher", None)):
-                        logits = model.use(adapter)(*canvas(ids, y, mask, mask, pad, model)).float()
+                        logits = model.use(adapter)(*canvas(*prompts, torch.where(mask, mask_id, y), mask)).float()
                         nll = torch.zeros(mask.shape, device=y.device).masked_scatter(mask, F.cross_entropy(logits, y[mask], reduction="none"))
                         log[part] -= (y.shape[1] / 4 * nll.sum(1) / mask.sum(1)).double().cpu()
         return logs
@@ -935,13 +935,9 @@ def learning_rate(cfg: SimpleNamespace, step: int) -> float:
 def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of one forward pass over the buffer's rows `part` with weights w (B,); beside it [loss, KL(pi_a || pi_theta), mean c]."""
     model, data, g, mask_id = run.model, run.buffer.data, run.generator, run.model.config["mask_token_id"]
-    (ids, pad), x1 = run.buffer.prompts(data["row"][part].tolist()), data["x1"][part]
-    if run.cfg.objective == "dmpo":
-        hide = mask = mask_bernoulli(x1, g)
-    else:
-        xt, mask = mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's; later blocks are hidden too
-        hide = xt == mask_id
-    args = canvas(ids, x1, hide, mask, pad, model)
+    prompts, x1, dmpo = run.buffer.prompts(data["row"][part].tolist()), data["x1"][part], run.cfg.objective == "dmpo"
+    xt, mask = mask_bernoulli(x1, mask_id, g) if dmpo else mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's
+    args = canvas(*prompts, xt, mask)
     with torch.no_grad():
         logits_a, hidden = model.use("teacher")(*args, hidden=True)
     model.use("student")
@@ -1092,8 +1088,8 @@ def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]
     for _ in tqdm(range(steps), "pretraining the toy", unit="step", disable=ranks.rank > 0, dynamic_ncols=True):
         i = torch.randint(len(rows), (SLOPPY["batch"] // ranks.size,), generator=g, device=ranks.device)
         x1 = torch.where((torch.rand(len(i), 4, generator=g, device=ranks.device) < SLOPPY["lazy"]).repeat_interleave(4, 1), wrong[i], right[i])
-        _, mask = mask_random(x1, TOY["mask_token_id"], g)
-        row_mean(F.cross_entropy(trained(*canvas(prompt[i], x1, mask, mask, None, model)), x1[mask], reduction="none"), mask).backward()
+        xt, mask = mask_random(x1, TOY["mask_token_id"], g)
+        row_mean(F.cross_entropy(trained(*canvas(prompt[i], None, xt, mask)), x1[mask], reduction="none"), mask).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         rate.step()
