@@ -36,11 +36,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,8 +100,7 @@ def check_config(config: dict) -> dict:
     same = {"n_kv_heads": config.get("n_heads"), "embedding_size": config.get("vocab_size")}
     for key, value in (FIXED | USUAL | same).items():
         got = config.get(key, None if key in FIXED else value)
-        need(got == value or got is None and key in same,
-             f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)")
+        need(got == value or got is None and key in same, f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)")
     for key, value in SIZES.items():
         got, kinds = config.get(key), (int,) if type(value) is int else (int, float)
         need(type(got) in kinds and (got > 0 or got == 0 and key.endswith("_id")), f"config.json: {key} is {got!r}, no positive {kinds[-1].__name__}")
@@ -206,7 +204,7 @@ class LLaDA(nn.Module):
         for file, names in shards(folder).items():
             for name, t in read_shard(folder / file, names):
                 cut, t = wanted.get(name, t), t.to(device, dtype)
-                need(t.shape == cut.shape, f"{folder / file}: {name} is {(*t.shape,)}, config.json asks for {(*cut.shape,)}; they do not belong together")
+                need(t.shape == cut.shape, f"{folder / file}: {name} is {(*t.shape,)}, config.json asks for {(*cut.shape,)}; they do not fit")
                 filled[name] = dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements) if hasattr(cut, "placements") else t
         odd = wanted.keys() ^ filled.keys()
         need(not odd, f"{folder}: {len(odd)} tensors are missing or not of this config.json, such as {min(odd, default='')}; download again")
@@ -274,16 +272,16 @@ class LoRA(nn.Module):
 
     def peft(self) -> dict[str, Tensor]:
         """The tensors under peft's names on the original model class."""
-        name = lambda k, n: f"base_model.model.model.transformer.blocks.{k.replace(':', '.')}.lora_{n}.weight"
-        return {name(k, n): p for n, d in (("A", self.A), ("B", self.B)) for k, p in d.items()}
+        stem = "base_model.model.model.transformer.blocks."
+        return {f"{stem}{k.replace(':', '.')}.lora_{n}.weight": p for n in "AB" for k, p in getattr(self, n).items()}
 
     def save(self, folder: Path, base: str) -> None:
         """A PEFT folder. Its targets are a regex, as the bare name ff_out would also adapt the head."""
         write(folder / "adapter_model.safetensors", self.peft())
-        write(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout, "bias": "none", "inference_mode": True, "init_lora_weights": True, "fan_in_fan_out": False,
-            "modules_to_save": None, "target_modules": rf".*blocks\.\d+\.({'|'.join(self.maps)})"})
+        write(folder / "adapter_config.json", dict(
+            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            target_modules=rf".*blocks\.\d+\.({'|'.join(self.maps)})", bias="none", inference_mode=True, init_lora_weights=True,
+            fan_in_fan_out=False, modules_to_save=None))
 
     @classmethod
     def load(cls, folder: Path, config: dict) -> "LoRA":
@@ -415,11 +413,10 @@ def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
             return -value(node.operand)
         return getattr(value(node.left), signs[type(node.op)])(value(node.right))
 
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, KeyError, AttributeError, ZeroDivisionError, MemoryError, RecursionError):
         need(len(text) <= 100 and re.fullmatch(r"[0-9+\-*/()\s]+", text) is not None, "not arithmetic")
         return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
-    except (ValueError, SyntaxError, KeyError, AttributeError, ZeroDivisionError, MemoryError, RecursionError):
-        return None
+    return None
 
 LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "$": "", "×": "*", "÷": "/", "−": "-"}
 
@@ -490,10 +487,9 @@ def math_correct(text: str, row: dict) -> bool:
     if heavy(got) or last_box(rf"\boxed{{{got}}}") != got:
         return False
     from math_verify import parse, verify
-    try:
+    with contextlib.suppress(Exception):  # whatever the algebra system makes of a model's text, it is no right answer
         return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{got}}}")))
-    except Exception:  # whatever the algebra system makes of a model's text, it is no right answer
-        return False
+    return False
 
 def math_reward(text: str, row: dict) -> float:
     """At most 3: 2 if right, and 1 / 0.75 / 0.5 / 0.25 for answer tags with a box / tags / a box / neither."""
@@ -539,9 +535,8 @@ def sudoku_prompt(row: dict) -> str:
             f"hold 1, 2, 3 and 4. Answer with the 16 digits of the full grid.\n\n{shots}{ask.format(row['puzzle'])}")
 
 def countdown_prompt(row: dict) -> str:
-    return (f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use each number once, with + - * / and "
-            "parentheses. Put just the expression, no equals sign, between the answer tags. Example: [2, 3, 4] and 5 give\n"
-            "<answer>\n2*4-3\n</answer>")
+    return (f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use each number once, with + - * / and parentheses. "
+            "Put just the expression, no equals sign, between the answer tags. Example: [2, 3, 4] and 5 give\n<answer>\n2*4-3\n</answer>")
 
 @functools.cache
 def countdown_problems() -> list[dict]:
@@ -1157,8 +1152,7 @@ def bench(cfg: SimpleNamespace, ranks: Ranks) -> dict:
                                              prompts=max(cfg.chunk, cfg.batch * cfg.accum)))
     run = start_run(cfg, ranks)
     train(run, [])
-    again = Run(cfg, ranks, run.buffer.rows)
-    again.load()
+    again = resumed(Path(cfg.out), {}, ranks)
     need(all(torch.equal(p, q) for p, q in zip(again.student.parameters(), run.student.parameters())), "the resumed adapter differs")
     log, cost = read_log(run.out), plan(cfg, config, 1, 1.0)["eflop_per_phase"]
     rollout, step = log[-1]["seconds"]["rollout"], (log[-1]["seconds"]["train"] - log[1]["seconds"]["train"]) / 8  # the first two warm up
