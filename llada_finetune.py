@@ -146,11 +146,9 @@ class Block(nn.Module):
 
 class LLaDA(nn.Module):
     """The transformer of ML-GSAI/LLaDA; its state dict has the checkpoint's names, adapters aside.
-
-    model(ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where (B, T) bool) -> logits
-    (B, T, V), or (M, V) at `where` in row-major order: final norm and head run only there; hidden=True adds the head's
-    input. use("student"), use("teacher") put an adapter on, use(None) takes it off; `checkpointing` recomputes blocks.
-    """
+    model(ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where (B, T) bool) -> logits (B, T, V), or
+    (M, V) at `where` in row-major order: final norm and head run only there; hidden=True adds the head's input. use("student"),
+    use("teacher") put an adapter on, use(None) takes it off; `checkpointing` recomputes blocks."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -354,7 +352,6 @@ def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, s
              attention_mask: Tensor | None = None, generator: Generator | None = None, order: str = "confidence",
              ban_mask: bool = False) -> Tensor:
     """Prompts (B, P) int64, mask (B, P) -> ids (B, P + gen_length), in `steps` network evaluations and gen_length / block blocks.
-
     ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on `dtm.sample`. Differences: float32 confidence and noise, head at
     the block's masks only, a mask id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
     need(gen_length > 0 and block > 0 and gen_length % block == 0, f"the answer length {gen_length} must be a multiple of the block {block}")
@@ -819,10 +816,9 @@ class ControlVariate:
 
     def see(self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor) -> None:
         """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives a position."""
-        if not self.fitted:
-            return
-        (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
-        self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat([phi, y[:, None].float()], 1).double()
+        if self.fitted:
+            (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
+            self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat([phi, y[:, None].float()], 1).double()
 
     def fit(self, ranks: Ranks) -> None:
         """At the end of a step, so that c never depends on the batch it serves; the same on all ranks."""
@@ -1046,8 +1042,7 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
         got |= {k: float(share), f"{k}_se": float((part - share * whole).std(correction=0) / len(rows)**0.5 / whole.mean())}
     return got
 
-def show(got: dict) -> str:
-    return ", ".join(f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}" for k in ("solved", "cells", "reward") if k in got) + f" (n = {got['n']})"
+show = lambda got: ", ".join(f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}" for k in ("solved", "cells", "reward") if k in got) + f" (n = {got['n']})"
 
 # ---- 13. The laptop's LLaDA ----------------------------------------------------------------------
 CHARS = "?0123456789+-*/()= "
@@ -1194,12 +1189,11 @@ def plot(runs: list[Path], to: Path) -> None:
 # ---- 15. Command line ----------------------------------------------------------------------------
 def start_run(cfg: SimpleNamespace, ranks: Ranks) -> Run:
     """A new run in a folder that no other run uses."""
-    out = Path(cfg.out)
-    need(not (out / "config.json").exists(), f"{out} holds a run: --resume {out} goes on with it, --out FOLDER starts another")
+    need(not Path(cfg.out, "config.json").exists(), f"{cfg.out} holds a run: --resume {cfg.out} goes on with it, --out FOLDER starts another")
     run = Run(cfg, ranks, task_rows(cfg, "train"))
     ranks.wait()
     if ranks.rank == 0:
-        write(out / "config.json", vars(cfg))
+        write(run.out / "config.json", vars(cfg))
     return run
 
 def resumed(out: Path, given: dict, ranks: Ranks) -> Run:
