@@ -36,11 +36,10 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,9 +58,18 @@ def need(ok: bool, message: str) -> None:
     if not ok:
         raise ValueError(message)
 
+@contextlib.contextmanager
+def told(message: str, *kinds: type[Exception]):
+    """Says in one sentence what errors of these kinds (none given: all of them) mean to the user."""
+    try:
+        yield
+    except kinds or Exception as e:
+        raise ValueError(f"{message} ({type(e).__name__}: {' '.join(str(e).split())[:80]})") from None
+
 def write(path: Path, content: dict | list | str) -> None:
     """Tensors (*.safetensors), text, or JSON; beside its name, then renamed, so that no reader meets half a file."""
     half = path.with_name(f".half-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         save_file({k: t.detach().contiguous().cpu() for k, t in content.items()}, half, metadata={"format": "pt"})
     else:
@@ -70,10 +78,8 @@ def write(path: Path, content: dict | list | str) -> None:
 
 def read_json(path: Path) -> dict:
     need(path.is_file(), f"{path} is missing; is this the right folder?")
-    try:
+    with told(f"{path} is no JSON object; restore it", ValueError, TypeError):
         return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{path} is no JSON object ({e}); restore it") from None
 
 # ---- 1. The model --------------------------------------------------------------------------------
 SIZES = dict(d_model=4096, n_layers=32, n_heads=32, mlp_hidden_size=12288, vocab_size=126464, rope_theta=500000.0,
@@ -85,6 +91,7 @@ USUAL = dict(architectures=["LLaDAModelLM"], alibi=False, attention_layer_norm=F
 CONFIG_8B = SIZES | FIXED | USUAL
 # A block's linear maps with their (rows, columns): ff_proj is Llama's gate, up_proj its up, ff_out its down map.
 MAPS = {"q_proj": "dd", "k_proj": "dd", "v_proj": "dd", "attn_out": "dd", "ff_proj": "md", "up_proj": "md", "ff_out": "dm"}
+sizes = lambda config, name: tuple(config["d_model" if s == "d" else "mlp_hidden_size"] for s in MAPS[name])
 PAPER = ["q_proj", "k_proj", "v_proj", "up_proj"]  # what released code really adapts
 ADAPTED = {"all": [*MAPS], "paper": PAPER}
 
@@ -93,24 +100,22 @@ def check_config(config: dict) -> dict:
     same = {"n_kv_heads": config.get("n_heads"), "embedding_size": config.get("vocab_size")}
     for key, value in (FIXED | USUAL | same).items():
         got = config.get(key, None if key in FIXED else value)
-        need(got == value or got is None and key in same,
-             f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)")
+        need(got == value or got is None and key in same, f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)")
     for key, value in SIZES.items():
         got, kinds = config.get(key), (int,) if type(value) is int else (int, float)
         need(type(got) in kinds and (got > 0 or got == 0 and key.endswith("_id")), f"config.json: {key} is {got!r}, no positive {kinds[-1].__name__}")
     need(config["d_model"] % (2 * config["n_heads"]) == 0, "config.json: d_model must be an even multiple of n_heads")
     return config
 
-def sizes(config: dict, name: str) -> tuple[int, ...]:
-    return tuple(config["d_model" if s == "d" else "mlp_hidden_size"] for s in MAPS[name])
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
+class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:  # float32, rounded to the stream's dtype before the gain
-        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+        return self.weight * F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(x.dtype)
+
+@functools.lru_cache(8)
+def angles(T: int, half: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin (T, half), float32, of the angles t theta^(-i / half); counted on the CPU, so that all devices agree."""
+    turn = torch.arange(T).float()[:, None] * (1 / theta ** (torch.arange(half).float() / half))
+    return turn.cos().to(device), turn.sin().to(device)
 
 def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions on u (B, heads, T, d), half-split, in float32; cos, sin (T, d / 2)."""
@@ -141,15 +146,13 @@ class Block(nn.Module):
 
 class LLaDA(nn.Module):
     """The transformer of ML-GSAI/LLaDA; its state dict has the checkpoint's names, adapters aside.
-
-    model(ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where (B, T) bool) -> logits
-    (B, T, V), or (M, V) at `where` in row-major order: final norm and head run only there; hidden=True adds the head's
-    input. use("student"), use("teacher") put an adapter on, use(None) takes it off; `checkpointing` recomputes blocks.
-    """
+    model(ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where (B, T) bool) -> logits (B, T, V), or
+    (M, V) at `where` in row-major order: final norm and head run only there; hidden=True adds the head's input. use("student"),
+    use("teacher") put an adapter on, use(None) takes it off; `checkpointing` recomputes blocks."""
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config, self.checkpointing, self.active, self.tables = check_config(config), False, None, None
+        self.config, self.checkpointing, self.active = check_config(config), False, None
         d, V, eps = config["d_model"], config["vocab_size"], config["rms_norm_eps"]
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict({
             "wte": nn.Embedding(V, d), "blocks": nn.ModuleList(Block(config, i) for i in range(config["n_layers"])),
@@ -161,19 +164,11 @@ class LLaDA(nn.Module):
         self.active = adapter
         return self
 
-    def rope(self, T: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos, sin (T, head_dim / 2), float32, of the angles t theta^(-2i / head_dim); kept, but in no checkpoint."""
-        if self.tables is None or len(self.tables[0]) < T or self.tables[0].device != device:
-            half = self.config["d_model"] // self.config["n_heads"] // 2
-            count = lambda n: torch.arange(n, dtype=torch.float32, device="cpu")
-            angle = count(T)[:, None] * (1 / self.config["rope_theta"] ** (count(half) / half))
-            self.tables = angle.cos().to(device), angle.sin().to(device)
-        return self.tables[0][:T], self.tables[1][:T]
-
     def forward(self, ids: Tensor, attention_mask: Tensor | None = None, where: Tensor | None = None, hidden: bool = False):
         net, lora = self.model["transformer"], self.adapters[self.active] if self.active else None
         visible = None if attention_mask is None else attention_mask.bool()[:, None, None]  # keys; a pad's own row is garbage
-        x, rest = net["wte"](ids), (*self.rope(ids.shape[1], ids.device), visible, lora)
+        turn = angles(ids.shape[1], self.config["d_model"] // self.config["n_heads"] // 2, self.config["rope_theta"], ids.device)
+        x, rest = net["wte"](ids), (*turn, visible, lora)
         for block in net["blocks"]:
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
@@ -192,31 +187,30 @@ class LLaDA(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                        prepare: Callable | None = None) -> "LLaDA":
-        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device and filled tensor by tensor
-        from the shards that the index names, however they are cut; `prepare(model)` may shard it before that. Raises
-        ValueError for a missing, torn or misshapen file and for a config.json of another kind of model."""
+                        shard: bool = False) -> "LLaDA":
+        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device and filled tensor by tensor from the
+        files that the index names, however they are cut; `shard` cuts the model over the ranks. Raises ValueError for a missing, torn
+        or misshapen file and for a config.json of another kind of model."""
         folder = locate(source)
         with torch.device("meta"):
             model = cls(read_json(folder / "config.json")).requires_grad_(False)
-        if prepare:
-            prepare(model)
-        wanted, files, filled = model.state_dict(), weight_map(folder), {}
-        odd = wanted.keys() ^ files.keys()
+        if shard:  # FSDP2 on the frozen base, a block at a time; adapters come later and stay whole
+            from torch.distributed.fsdp import fully_shard
+            for part in (*model.model["transformer"]["blocks"], model):
+                fully_shard(part)
+        wanted, filled = model.state_dict(), {}
+        for file, names in shards(folder).items():
+            for name, t in read_shard(folder / file, names):
+                cut, t = wanted.get(name, t), t.to(device, dtype)
+                need(t.shape == cut.shape, f"{folder / file}: {name} is {(*t.shape,)}, config.json asks for {(*cut.shape,)}; they do not fit")
+                filled[name] = dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements) if hasattr(cut, "placements") else t
+        odd = wanted.keys() ^ filled.keys()
         need(not odd, f"{folder}: {len(odd)} tensors are missing or not of this config.json, such as {min(odd, default='')}; download again")
-        for file in sorted(set(files.values())):
-            for name, t in read_shard(folder / file, [k for k in files if files[k] == file]):
-                need(t.shape == wanted[name].shape, f"{folder / file}: {name} is {tuple(t.shape)}, config.json asks for "
-                     f"{tuple(wanted[name].shape)}; they do not belong together")
-                t, cut = t.to(device, dtype), wanted[name]
-                whole = not hasattr(cut, "placements")
-                filled[name] = t if whole else dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements)
         model.load_state_dict(filled, assign=True)
         return model.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: Path, shards: int = 2) -> None:
         """config.json, shards and their index in the original's format, without adapters."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: t for k, t in self.state_dict().items() if not k.startswith("adapters")}
         files = {k: f"model-{i * shards // len(tensors) + 1:05}-of-{shards:05}.safetensors" for i, k in enumerate(tensors)}
         for file in set(files.values()):
@@ -232,35 +226,22 @@ def locate(source: str | Path) -> Path:
         return Path(source)
     need(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None, f"--model {source!r} is no folder and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
-    try:
+    with told(f"cannot get {source} from the hub: check name and network, or pass --model FOLDER of a downloaded copy; the same loop "
+              "without one: python llada_finetune.py --toy"):  # the hub's client fails in dozens of ways that all mean the same
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except Exception as e:  # the hub's client fails in dozens of ways that all mean the same to the user
-        raise ValueError(f"cannot get {source} from the hub ({type(e).__name__}): check name and network, or pass --model FOLDER of a "
-                         "downloaded copy; the same loop without one: python llada_finetune.py --toy") from None
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, from the index or from a single file without one."""
+def shards(folder: Path) -> dict[str, list[str] | None]:
+    """File -> names of its tensors, from the index; without one the single file -> None, for all that it holds."""
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.exists() and not index.exists():
-        with open_shard(single) as file:
-            return {name: single.name for name in file.keys()}
+        return {single.name: None}
     files = read_json(index).get("weight_map")
-    need(isinstance(files, dict) and all(isinstance(file, str) for file in files.values()), f"{index} has no valid weight_map; download it again")
-    lost = [file for file in files.values() if not (folder / file).is_file()]
-    need(files and not lost, f"{folder / lost[0] if lost else 'the weight_map of ' + str(index)} is missing; download it again")
-    return files
-
-@contextlib.contextmanager
-def open_shard(path: Path):
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is torn or no safetensors file ({str(e)[:80]}); get it again") from None
+    need(files and isinstance(files, dict) and {*map(type, files.values())} == {str}, f"{index} has no valid weight_map; download it again")
+    return {file: [k for k in files if files[k] == file] for file in sorted(set(files.values()))}
 
 def read_shard(path: Path, names: list[str] | None = None):
     """Yields (name, tensor), one at a time."""
-    with open_shard(path) as file:
+    with told(f"{path} is missing or is torn; get it again", SafetensorError, OSError), safe_open(path, framework="pt") as file:
         lost = set(names or []) - set(file.keys())
         need(not lost, f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again")
         for name in names or file.keys():
@@ -289,17 +270,16 @@ class LoRA(nn.Module):
 
     def peft(self) -> dict[str, Tensor]:
         """The tensors under peft's names on the original model class."""
-        name = lambda k, n: f"base_model.model.model.transformer.blocks.{k.replace(':', '.')}.lora_{n}.weight"
-        return {name(k, n): p for n, d in (("A", self.A), ("B", self.B)) for k, p in d.items()}
+        stem = "base_model.model.model.transformer.blocks."
+        return {f"{stem}{k.replace(':', '.')}.lora_{n}.weight": p for n in "AB" for k, p in getattr(self, n).items()}
 
     def save(self, folder: Path, base: str) -> None:
         """A PEFT folder. Its targets are a regex, as the bare name ff_out would also adapt the head."""
-        folder.mkdir(parents=True, exist_ok=True)
         write(folder / "adapter_model.safetensors", self.peft())
-        write(folder / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": self.rank, "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout, "bias": "none", "inference_mode": True, "init_lora_weights": True, "fan_in_fan_out": False,
-            "modules_to_save": None, "target_modules": rf".*blocks\.\d+\.({'|'.join(self.maps)})"})
+        write(folder / "adapter_config.json", dict(
+            peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout,
+            target_modules=rf".*blocks\.\d+\.({'|'.join(self.maps)})", bias="none", inference_mode=True, init_lora_weights=True,
+            fan_in_fan_out=False, modules_to_save=None))
 
     @classmethod
     def load(cls, folder: Path, config: dict) -> "LoRA":
@@ -316,29 +296,23 @@ class LoRA(nn.Module):
             p.data.copy_(tensors[k])
         return lora.requires_grad_(False).eval()
 
-    @torch.no_grad()
-    def follow(self, values: dict[str, Tensor]) -> None:
-        """Takes over the values of an adapter or of its average; the base is not touched."""
-        for name, p in self.named_parameters():
-            p.copy_(values[name])
+    follow = nn.Module.load_state_dict  # takes over, in place, the values of an adapter or of its average; the base is not touched
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
     """W + (alpha / rank) B A, added in float32, rounded to the checkpoint's dtype, shard by shard, under the original names."""
     need(not out.exists(), f"{out} exists; --merge writes a new folder")
     lora = LoRA.load(adapter, check_config(read_json(base / "config.json")))
-    files, half = weight_map(base), out.with_name(f".half-{out.name}")
+    half = out.with_name(f".half-{out.name}")
     place = {f"model.transformer.blocks.{k.replace(':', '.')}.weight": k for k in lora.A}
     shutil.rmtree(half, ignore_errors=True)
-    half.mkdir(parents=True)
-    for file in tqdm(sorted(set(files.values())), desc="merge", unit="shard"):
-        tensors = dict(read_shard(base / file, [k for k in files if files[k] == file]))
+    keep = (".json", ".py", ".txt", ".jinja")  # config, index, tokenizer, remote code
+    shutil.copytree(base, half, ignore=lambda _, names: [name for name in names if Path(name).suffix not in keep])
+    for file, names in tqdm(shards(base).items(), desc="merge", unit="shard"):
+        tensors = dict(read_shard(base / file, names))
         for name in tensors.keys() & place.keys():
             delta = lora.alpha / lora.rank * (lora.B[place[name]] @ lora.A[place[name]])
             tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
         write(half / file, tensors)
-    for extra in base.iterdir():  # config, index, tokenizer, remote code
-        if extra.suffix in (".json", ".py", ".txt", ".jinja"):
-            shutil.copy(extra, half / extra.name)
     half.replace(out)
 
 # ---- 4. Text in, text out ------------------------------------------------------------------------
@@ -347,11 +321,8 @@ class Text:
 
     def __init__(self, folder: Path, config: dict):
         from tokenizers import Tokenizer
-        need((folder / "tokenizer.json").is_file(), f"{folder / 'tokenizer.json'} is missing; copy it from the original checkpoint")
-        try:
+        with told(f"{folder / 'tokenizer.json'} is missing or is torn; copy it from the original checkpoint"):  # it raises nothing narrower
             self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as e:  # the library raises nothing narrower
-            raise ValueError(f"{folder / 'tokenizer.json'} is torn or no tokenizer ({str(e)[:80]}); get it again") from None
         self.chat = self.tok.token_to_id("<|start_header_id|>") is not None  # LLaDA-8B-Base has no chat tokens
         self.ends = {config["eos_token_id"], self.tok.token_to_id("<|eot_id|>")}
 
@@ -367,29 +338,43 @@ class Text:
 
 def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
     """ids (B, P) and attention mask (B, P), None when nothing is padded: decided once a batch, on the host."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad_id] * (width - len(p)) + p for p in prompts], device=device)
-    start = torch.tensor([width - len(p) for p in prompts], device=device)[:, None]
-    return ids, None if min(map(len, prompts)) == width else torch.arange(width, device=device) >= start
+    width, pads = max(map(len, prompts)), [max(map(len, prompts)) - len(p) for p in prompts]
+    ids = torch.tensor([[pad_id] * n + p for n, p in zip(pads, prompts)], device=device)
+    return ids, torch.arange(width, device=device) >= torch.tensor(pads, device=device)[:, None] if any(pads) else None
+
+def canvas(ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The model's arguments for prompts (`pad_left`) with answers xt (B, L) and the positions `where` (B, L) whose logits are wanted."""
+    seen = None if pad is None else F.pad(pad.bool(), (0, xt.shape[1]), value=True)
+    return torch.cat([ids, xt], 1), seen, F.pad(where, (ids.shape[1], 0))
 
 @torch.no_grad()
 def generate(model: Callable, prompt_ids: Tensor, gen_length: int, block: int, steps: int, temperature: float = 0.0,
              attention_mask: Tensor | None = None, generator: Generator | None = None, order: str = "confidence",
              ban_mask: bool = False) -> Tensor:
     """Prompts (B, P) int64, mask (B, P) -> ids (B, P + gen_length), in `steps` network evaluations and gen_length / block blocks.
-
     ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on `dtm.sample`. Differences: float32 confidence and noise, head at
     the block's masks only, a mask id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
     need(gen_length > 0 and block > 0 and gen_length % block == 0, f"the answer length {gen_length} must be a multiple of the block {block}")
-    blocks, P, mask_id = gen_length // block, prompt_ids.shape[1], model.config["mask_token_id"]
+    blocks, mask_id = gen_length // block, model.config["mask_token_id"]
     need(steps >= blocks and steps % blocks == 0, f"{steps} steps must be a multiple of the {blocks} blocks")
-    if attention_mask is not None:
-        attention_mask = None if attention_mask.all() else F.pad(attention_mask.bool(), (0, gen_length), value=True)
-    answer = lambda yt, where: model(torch.cat([prompt_ids, yt], 1), attention_mask, F.pad(where, (P, 0)))
+    pad = None if attention_mask is None or attention_mask.all() else attention_mask
+    answer = lambda yt, where: model(*canvas(prompt_ids, pad, yt, where))
     yt = prompt_ids.new_full((len(prompt_ids), gen_length), mask_id)
-    for yt in dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask):
-        pass
+    *_, yt = dtm.sample(answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask)
     return torch.cat([prompt_ids, yt], 1)
+
+def by_length(items, size: int, key: Callable) -> list[list[int]]:
+    """Batches of `size` of near length: little padding, and none (hence no attention mask) where lengths are equal."""
+    items = sorted(items, key=key)
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+def decode(model: LLaDA, prompts: list[list[int]], gen_length: int, chunk: int, generator: Generator, quiet: bool = True, **how) -> Tensor:
+    """Answers (N, gen_length) to N prompts, in their order, `chunk` of near length at once; `how`: the rest of `generate`."""
+    x1 = torch.empty(len(prompts), gen_length, dtype=torch.long, device=generator.device)
+    for part in tqdm(by_length(range(len(prompts)), chunk, key=lambda i: len(prompts[i])), "decoding", disable=quiet, leave=False):
+        ids, pad = pad_left([prompts[i] for i in part], model.config["pad_token_id"], x1.device)
+        x1[part] = generate(model, ids, gen_length, attention_mask=pad, generator=generator, **how)[:, ids.shape[1]:]
+    return x1
 
 # ---- 5. Tasks: rewards, prompts, rows ------------------------------------------------------------
 FORMAT = ("Think first, then answer, in exactly this form with each tag on its own line:\n"
@@ -406,12 +391,11 @@ def last_box(text: str) -> str | None:
 def extract(text: str, box_anywhere: bool = False) -> str | None:
     """The one rule for rewards and metrics: the last whole <answer>, or the last box inside it; `box_anywhere` (GSM8K, MATH)
     falls back on the last box of the text. None where there is no answer."""
-    start = text.rfind("<answer>", 0, max(0, text.rfind("</answer>")))
-    if start < 0:
+    inside = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text, re.S)
+    if not inside:
         return last_box(text) if box_anywhere else None
-    inside = text[start + len("<answer>"):text.find("</answer>", start)]
-    box = last_box(inside)
-    return inside.strip() if box is None else box
+    box = last_box(inside[-1])
+    return inside[-1].strip() if box is None else box
 
 def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
     """Value and numbers of an expression in integers, + - * / and parentheses, exactly; None for anything else. The text is
@@ -426,11 +410,10 @@ def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
             return -value(node.operand)
         return getattr(value(node.left), signs[type(node.op)])(value(node.right))
 
-    try:
+    with contextlib.suppress(ValueError, SyntaxError, KeyError, AttributeError, ZeroDivisionError, MemoryError, RecursionError):
         need(len(text) <= 100 and re.fullmatch(r"[0-9+\-*/()\s]+", text) is not None, "not arithmetic")
         return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
-    except (ValueError, SyntaxError, KeyError, AttributeError, ZeroDivisionError, MemoryError, RecursionError):
-        return None
+    return None
 
 LATEX = {r"\times": "*", r"\cdot": "*", r"\div": "/", r"\left": "", r"\right": "", "$": "", "×": "*", "÷": "/", "−": "-"}
 
@@ -443,10 +426,8 @@ def countdown_reward(text: str, row: dict) -> float:
     got = arithmetic(answer.split("=")[0])
     return 1.0 if got and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"]) else 0.1
 
+sudoku_digits = lambda text: re.sub("[^0-9]", "", extract(text) or "")[:16].ljust(16, "0")
 UNITS = [[*u] for i in range(4) for u in (range(4 * i, 4 * i + 4), range(i, 16, 4), [i // 2 * 8 + i % 2 * 2 + j for j in (0, 1, 4, 5)])]
-
-def sudoku_digits(text: str) -> str:
-    return re.sub("[^0-9]", "", extract(text) or "")[:16].ljust(16, "0")
 
 def sudoku_cells(text: str, row: dict) -> tuple[int, int]:
     """(right, all) of the cells that were empty, against the stored solution."""
@@ -503,10 +484,9 @@ def math_correct(text: str, row: dict) -> bool:
     if heavy(got) or last_box(rf"\boxed{{{got}}}") != got:
         return False
     from math_verify import parse, verify
-    try:
+    with contextlib.suppress(Exception):  # whatever the algebra system makes of a model's text, it is no right answer
         return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{got}}}")))
-    except Exception:  # whatever the algebra system makes of a model's text, it is no right answer
-        return False
+    return False
 
 def math_reward(text: str, row: dict) -> float:
     """At most 3: 2 if right, and 1 / 0.75 / 0.5 / 0.25 for answer tags with a box / tags / a box / neither."""
@@ -552,9 +532,8 @@ def sudoku_prompt(row: dict) -> str:
             f"hold 1, 2, 3 and 4. Answer with the 16 digits of the full grid.\n\n{shots}{ask.format(row['puzzle'])}")
 
 def countdown_prompt(row: dict) -> str:
-    return (f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use each number once, with + - * / and "
-            "parentheses. Put just the expression, no equals sign, between the answer tags. Example: [2, 3, 4] and 5 give\n"
-            "<answer>\n2*4-3\n</answer>")
+    return (f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use each number once, with + - * / and parentheses. "
+            "Put just the expression, no equals sign, between the answer tags. Example: [2, 3, 4] and 5 give\n<answer>\n2*4-3\n</answer>")
 
 @functools.cache
 def countdown_problems() -> list[dict]:
@@ -568,30 +547,20 @@ def countdown_problems() -> list[dict]:
             rows[(*sorted(numbers), got[0])] = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
     return [*rows.values()]
 
-def countdown_rows(split: str) -> list[dict]:
-    return countdown_problems()[{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
-
 def cut(rows: list[dict], split: str) -> list[dict]:
     """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
     rows = random.Random(0).sample(rows, len(rows))
     return rows[:min(256, len(rows) // 10)] if split == "valid" else rows[min(256, len(rows) // 10):]
 
-def hub_rows(train: tuple, test: tuple) -> Callable[[str], list[dict]]:
-    """rows(split) of hub data sets (name, part, split, question's column, answer's column)."""
-    def rows(split: str) -> list[dict]:
-        name, part, piece, question, answer = test if split == "test" else train
-        try:
-            from datasets import load_dataset
-            got = [{"question": r[question], "answer": r[answer]} for r in load_dataset(name, part, split=piece)]
-        except ImportError:
-            raise ValueError(f"{name} needs the package `datasets` (pip install datasets); or pass --data FILE.jsonl") from None
-        except Exception as e:  # as for the weights
-            raise ValueError(f"cannot get {name} from the hub ({type(e).__name__}): check the network or pass --data FILE.jsonl") from None
-        return got if split == "test" else cut(got, split)
-    return rows
+def hub_rows(train: tuple, test: tuple, split: str) -> list[dict]:
+    """Rows of hub data sets (name, part, split, question's column, answer's column)."""
+    name, part, piece, question, answer = test if split == "test" else train
+    with told(f"cannot get {name} from the hub: check the network, pip install datasets, or pass --data FILE.jsonl"):
+        from datasets import load_dataset
+        got = [{"question": r[question], "answer": r[answer]} for r in load_dataset(name, part, split=piece)]
+    return got if split == "test" else cut(got, split)
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """rows(split) with split "train", "valid" or "test"; prompt(row); reward(text, row) in [0, top]; correct(text, row); `keys`:
     what a row's keys may be called in a file; cells(text, row) -> (right, all), if an answer has parts."""
     rows: Callable[[str], list[dict]]
@@ -606,8 +575,10 @@ GRID = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
 ASK = {"question": ("question", "problem"), "answer": ("answer", "solution")}
 SUM = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
 BOX = "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
-gsm8k_rows = hub_rows(*(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")))
-math_rows = hub_rows(("ankner/math-500", None, "train", "problem", "solution"), ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"))
+countdown_rows = lambda split: countdown_problems()[{"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]]
+gsm8k_rows = functools.partial(hub_rows, *(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")))
+math_rows = functools.partial(hub_rows, ("ankner/math-500", None, "train", "problem", "solution"),
+                              ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"))
 tagged = lambda score: lambda text, row: score(f"<answer>{text}</answer>", row)
 TASKS = {
     "sudoku": Task(sudoku_rows, sudoku_prompt, sudoku_reward, sudoku_solved, 2.0, GRID, sudoku_cells),
@@ -640,13 +611,12 @@ def read_rows(path: str, task: str) -> list[dict]:
     rows = []
     with open(path, encoding="utf-8", newline="") as file:
         table = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, file)
-        for line in itertools.count(1):
-            try:
-                if (raw := next(table, file)) is file:
-                    break
+        try:
+            for raw in table:
                 rows.append(tidy(task, raw))
-            except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
-                raise ValueError(f"{path}, line {getattr(table, 'line_num', line)}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
+        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
+            line = getattr(table, "line_num", len(rows) + 1)
+            raise ValueError(f"{path}, line {line}: no {task} row; expected {', '.join(TASKS[task].keys)}") from None
     need(bool(rows), f"{path} holds no rows")
     return rows
 
@@ -702,12 +672,12 @@ def settings(task: str, **given) -> SimpleNamespace:
     """The task's preset with the given changes, checked."""
     need(task in PRESETS, f"--task {task}: expected one of {', '.join(PRESETS)}")
     cfg = SimpleNamespace(**PRESETS[task] | (DMPO if given.get("objective") == "dmpo" else {}) | given)
-    cfg.out, blocks, zero = cfg.out or f"runs/{task}-{cfg.seed}", cfg.gen_length // max(1, cfg.block), "seed ess refresh refresh_steps "
-    zero += "temperature weight_decay ema dropout eval_rows lr_min"
+    cfg.out, blocks = cfg.out or f"runs/{task}-{cfg.seed}", cfg.gen_length // max(1, cfg.block)
+    zero = [key for key, values in SETTINGS.items() if 0 in values] + ["eval_rows", "lr_min"]  # may be 0, as some preset's is
     for key, choices in dict(objective="dtm dmpo", normalize="none batch group", lora="all paper", order="confidence state random").items():
         need(getattr(cfg, key) in choices.split(), f"--{key} {getattr(cfg, key)}: expected one of {choices}")
     for key, value in vars(cfg).items():
-        good = isinstance(value, (str, bool)) or math.isfinite(value) and (value > 0 or key in zero.split() and value == 0)
+        good = isinstance(value, (str, bool)) or math.isfinite(value) and (value > 0 or key in zero and value == 0)
         need(good, f"--{key} {value} must be positive")
     same = all(path and Path(path).is_file() for path in (cfg.data, cfg.test_data)) and Path(cfg.data).read_bytes() == Path(cfg.test_data).read_bytes()
     for ok, message in (
@@ -742,6 +712,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
+        self.wait = dist.barrier if self.size > 1 else lambda: None
 
     def gather(self, t: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, one after the other."""
@@ -750,26 +721,13 @@ class Ranks:
             dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
 
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
 # ---- 8. The buffer -------------------------------------------------------------------------------
-def by_length(items, size: int, key: Callable) -> list[list[int]]:
-    """Batches of `size` of near length: little padding, and none (hence no attention mask) where lengths are equal."""
-    items = sorted(items, key=key)
-    return [items[i:i + size] for i in range(0, len(items), size)]
-
-def canvas(ids: Tensor, x1: Tensor, hide: Tensor, where: Tensor, pad: Tensor | None, model: LLaDA):
-    """The model's arguments: prompt and answer with `hide` masked, attention mask, the positions whose logits are wanted."""
-    pad = None if pad is None else F.pad(pad, (0, x1.shape[1]), value=True)
-    return torch.cat([ids, torch.where(hide, model.config["mask_token_id"], x1)], 1), pad, F.pad(where, (ids.shape[1], 0))
-
-def mask_bernoulli(x1: Tensor, generator: Generator) -> Tensor:
-    """(B, L): DMPO's states, each position with its row's probability .1 + .9 u, at least one."""
+def mask_bernoulli(x1: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
+    """xt, mask (B, L): DMPO's states, each position with its row's probability .1 + .9 u, at least one."""
     noise = torch.rand(x1.shape, generator=generator, device=x1.device)
     share = 0.1 + 0.9 * torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    return (noise < share) | (noise == noise.amin(1, keepdim=True))
+    mask = (noise < share) | (noise == noise.amin(1, keepdim=True))
+    return torch.where(mask, mask_id, x1), mask
 
 class Buffer:
     """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,); for dmpo also log_cur and log_pre (N,)."""
@@ -797,12 +755,8 @@ class Buffer:
     def fill(self, model: LLaDA, count: int) -> None:
         """The teacher answers `count` new prompts; the oldest answers make room. Negative rewards count as 0, as in the release."""
         cfg, rows, old = self.cfg, [row for row in self.take(count) for _ in range(self.cfg.completions)], self.data
-        x1 = torch.empty(len(rows), cfg.gen_length, dtype=torch.long, device=self.ranks.device)
-        model.eval().use("teacher")
-        for part in by_length(range(len(rows)), cfg.chunk, key=lambda i: len(self.prompt(rows[i]))):
-            ids, pad = self.prompts([rows[i] for i in part])
-            out = generate(model, ids, cfg.gen_length, cfg.block, cfg.steps, cfg.temperature, pad, self.generator, cfg.order, ban_mask=True)
-            x1[part] = out[:, ids.shape[1]:]
+        x1 = decode(model.eval().use("teacher"), [*map(self.prompt, rows)], cfg.gen_length, cfg.chunk, self.generator, block=cfg.block,
+                    steps=cfg.steps, temperature=cfg.temperature, order=cfg.order, ban_mask=True)
         task, pairs = TASKS[cfg.task], [(self.text.answer(answer), self.rows[row]) for answer, row in zip(x1.tolist(), rows)]
         new = {"row": torch.tensor(rows), "x1": x1, "r": torch.tensor([max(0.0, task.reward(*pair)) for pair in pairs]).double(),
                "solved": torch.tensor([task.correct(*pair) for pair in pairs]).double()}
@@ -814,11 +768,11 @@ class Buffer:
         """Bounds (D6) of the log-likelihoods under teacher (cur) and base (pre): two antithetic pairs of masks, the same for both."""
         logs = {"log_cur": torch.zeros(len(rows)).double(), "log_pre": torch.zeros(len(rows)).double()}
         for part in by_length(range(len(rows)), self.cfg.batch, key=lambda i: len(self.prompt(rows[i]))):
-            (ids, pad), y = self.prompts([rows[i] for i in part]), x1[part]
-            for first in (mask_bernoulli(y, self.generator) for _ in range(2)):
+            prompts, y, mask_id = self.prompts([rows[i] for i in part]), x1[part], model.config["mask_token_id"]
+            for _, first in (mask_bernoulli(y, mask_id, self.generator) for _ in range(2)):
                 for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
                     for log, adapter in zip(logs.values(), ("teacher", None)):
-                        logits = model.use(adapter)(*canvas(ids, y, mask, mask, pad, model)).float()
+                        logits = model.use(adapter)(*canvas(*prompts, torch.where(mask, mask_id, y), mask)).float()
                         nll = torch.zeros(mask.shape, device=y.device).masked_scatter(mask, F.cross_entropy(logits, y[mask], reduction="none"))
                         log[part] -= (y.shape[1] / 4 * nll.sum(1) / mask.sum(1)).double().cpu()
         return logs
@@ -844,7 +798,8 @@ class ControlVariate:
     teacher's final hidden state (or itself, if it is no wider). More numbers would learn a buffer's w by heart."""
 
     def __init__(self, kind: str, width: int, device: torch.device):
-        self.kind, self.beta, self.fitted, k = kind, None, kind in ("star", "learned"), min(width, 64)
+        self.fitted, k = kind in ("star", "learned"), min(width, 64)
+        self.constant = 1.0 if self.fitted else float(kind)
         project = torch.eye(k) if k == width else torch.randn(width, k, generator=Generator().manual_seed(0)) * width**-0.5
         self.project, n = project.to(device), 1 + k * (kind == "learned")
         self.seen, self.new = (torch.zeros(n, n + 1, device=device, dtype=torch.float64) for _ in range(2))
@@ -853,26 +808,22 @@ class ControlVariate:
         return F.pad(hidden.float() @ self.project, (1, 0), value=1.0)[:, :len(self.seen)]
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        constant = 1.0 if self.fitted else float(self.kind)
-        return torch.full((len(hidden),), constant, device=hidden.device) if self.beta is None else self.phi(hidden) @ self.beta
+        G, b = self.seen[:, :-1], self.seen[:, -1]
+        if not (self.fitted and G.any()):
+            return torch.full((len(hidden),), self.constant, device=hidden.device)
+        ridge = 1e-3 * G.trace() / len(b) * (torch.arange(len(b), device=b.device) > 0)  # on all but the mean: a poor fit falls back on c*
+        return self.phi(hidden) @ torch.linalg.solve(G + ridge.diag(), b).float()
 
     def see(self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor) -> None:
         """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives a position."""
-        if not self.fitted:
-            return
-        (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
-        self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat([phi, y[:, None].float()], 1).double()
+        if self.fitted:
+            (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
+            self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat([phi, y[:, None].float()], 1).double()
 
     def fit(self, ranks: Ranks) -> None:
         """At the end of a step, so that c never depends on the batch it serves; the same on all ranks."""
         if self.fitted:
             self.seen, self.new = 0.95 * self.seen + ranks.gather(self.new[None]).sum(0), torch.zeros_like(self.new)
-            self.solve()
-
-    def solve(self) -> None:  # a ridge on all but the mean: a poor fit falls back on c*
-        G, b = self.seen[:, :-1], self.seen[:, -1]
-        ridge = 1e-3 * G.trace() / len(b) * (torch.arange(len(b), device=b.device) > 0)
-        self.beta = torch.linalg.solve(G + ridge.diag(), b).float() if G.any() else None
 
 # ---- 10. A run and its checkpoints ---------------------------------------------------------------
 class Run:
@@ -881,8 +832,9 @@ class Run:
     def __init__(self, cfg: SimpleNamespace, ranks: Ranks, rows: list[dict]):
         need(not cfg.shard or ranks.size > 1, "--shard needs torchrun and more than one rank")
         self.cfg, self.ranks, self.out, folder = cfg, ranks, Path(cfg.out), locate(cfg.model)
+        self.say = tqdm.write if ranks.rank == 0 else lambda line: None
         self.text = Text(folder, read_json(folder / "config.json"))
-        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, prepare=shard if cfg.shard else None)
+        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, cfg.shard)
         config, maps, seed = self.model.config, ADAPTED[cfg.lora], cfg.seed + ranks.rank
         self.model.checkpointing = cfg.checkpointing
         self.student, self.teacher = (LoRA(config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed).to(ranks.device) for _ in range(2))
@@ -905,10 +857,6 @@ class Run:
         self.ema = {k: p.detach().clone() for k, p in self.student.named_parameters()} if self.cfg.ema else {}
         self.control = ControlVariate(self.cfg.c, self.model.config["d_model"], self.ranks.device)
 
-    def say(self, line: str) -> None:
-        if self.ranks.rank == 0:
-            tqdm.write(line)
-
     def log(self, **record) -> None:
         if self.ranks.rank == 0:
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -916,28 +864,23 @@ class Run:
 
     def shared(self) -> dict[str, Tensor]:
         """What all ranks have in common; the tensors themselves, so that `load` can fill them."""
-        names = {p: k for k, p in self.student.named_parameters()}
-        parts = {"student": dict(self.student.named_parameters()), "teacher": dict(self.teacher.named_parameters()), "ema": self.ema,
-                 "adam": {f"{k}.{name}": t for p, k in names.items() for name, t in self.adam.state[p].items()}}
+        parts = {"student": self.student.state_dict(), "teacher": self.teacher.state_dict(), "ema": self.ema,
+                 "adam": {f"{k}.{name}": t for k, p in self.student.named_parameters() for name, t in self.adam.state[p].items()}}
         return {f"{part}.{k}": t for part, tensors in parts.items() for k, t in tensors.items()} | {"control": self.control.seen}
 
     def save(self) -> None:
-        """RUN/step-N, renamed when every rank has written its part; the last two are kept."""
-        final = self.out / f"step-{self.state['total']:07}"
-        half = final.with_name(f".half-{final.name}")
+        """RUN/step-N, renamed when every rank has written its part over what a killed run may have left; the last two are kept."""
+        name, own = f"step-{self.state['total']:07}", {f"buffer.{k}": t for k, t in self.buffer.data.items()}
+        half, own["cursor"] = self.out / f".half-{name}", torch.tensor([self.buffer.cursor, self.buffer.skipped])
+        own |= {"generator": self.generator.get_state(), "torch": (torch.cuda if self.ranks.cuda else torch).get_rng_state()}
+        write(half / f"rank{self.ranks.rank}.safetensors", own)
         if self.ranks.rank == 0:
-            shutil.rmtree(half, ignore_errors=True)
             self.student.save(half / "adapter", self.cfg.model)
             write(half / "shared.safetensors", self.shared())
             write(half / "state.json", self.state)
         self.ranks.wait()
-        own = {f"buffer.{k}": t for k, t in self.buffer.data.items()} | ({"cuda": torch.cuda.get_rng_state()} if self.ranks.cuda else {})
-        own |= {"cursor": torch.tensor([self.buffer.cursor, self.buffer.skipped]), "generator": self.generator.get_state(), "cpu": torch.get_rng_state()}
-        write(half / f"rank{self.ranks.rank}.safetensors", own)
-        self.ranks.wait()
         if self.ranks.rank == 0:
-            shutil.rmtree(final, ignore_errors=True)
-            half.replace(final)
+            half.replace(self.out / name)
             for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
 
@@ -950,30 +893,20 @@ class Run:
         saved, own = dict(read_shard(last / "shared.safetensors")), dict(read_shard(last / f"rank{self.ranks.rank}.safetensors"))
         for name, t in self.shared().items():
             t.copy_(saved[name])
-        self.control.solve()
         self.buffer.data = {k[7:]: t.to(self.ranks.device) if k == "buffer.x1" else t for k, t in own.items() if k.startswith("buffer.")}
         self.buffer.cursor, self.buffer.skipped = own["cursor"].tolist()
         self.generator.set_state(own["generator"])
-        torch.set_rng_state(own["cpu"])
-        if self.ranks.cuda:
-            torch.cuda.set_rng_state(own["cuda"])
+        (torch.cuda if self.ranks.cuda else torch).set_rng_state(own["torch"])
         if self.ranks.rank == 0:
             write(self.out / "metrics.jsonl", "".join(json.dumps(r) + "\n" for r in read_log(self.out) if r["total"] <= self.state["total"]))
         self.say(f"resumed {last}: phase {self.state['phase']}, step {self.state['step']}")
 
-def checkpoints(out: Path) -> list[Path]:
-    return sorted(out.glob("step-*"))
+checkpoints = lambda out: sorted(out.glob("step-*"))
 
 def read_log(out: Path) -> list[dict]:
     """The records of a run; a killed one may end in half a line."""
     need((out / "metrics.jsonl").is_file(), f"{out} holds no metrics.jsonl; expected the folder of a run")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-def shard(model: LLaDA) -> None:
-    """FSDP2 on the frozen base, a block at a time; adapters come later and stay whole."""
-    from torch.distributed.fsdp import fully_shard
-    for part in (*model.model["transformer"]["blocks"], model):
-        fully_shard(part)
 
 def parallel(model: LLaDA, ranks: Ranks) -> nn.Module:
     """DDP on the student's adapter; the base is frozen and the same everywhere, or cut by FSDP2, and nothing DDP should touch."""
@@ -993,13 +926,9 @@ def learning_rate(cfg: SimpleNamespace, step: int) -> float:
 def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of one forward pass over the buffer's rows `part` with weights w (B,); beside it [loss, KL(pi_a || pi_theta), mean c]."""
     model, data, g, mask_id = run.model, run.buffer.data, run.generator, run.model.config["mask_token_id"]
-    (ids, pad), x1 = run.buffer.prompts(data["row"][part].tolist()), data["x1"][part]
-    if run.cfg.objective == "dmpo":
-        hide = mask = mask_bernoulli(x1, g)
-    else:
-        xt, mask = mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's; later blocks are hidden too
-        hide = xt == mask_id
-    args = canvas(ids, x1, hide, mask, pad, model)
+    prompts, x1, dmpo = run.buffer.prompts(data["row"][part].tolist()), data["x1"][part], run.cfg.objective == "dmpo"
+    xt, mask = mask_bernoulli(x1, mask_id, g) if dmpo else mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's
+    args = canvas(*prompts, xt, mask)
     with torch.no_grad():
         logits_a, hidden = model.use("teacher")(*args, hidden=True)
     model.use("student")
@@ -1032,20 +961,20 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
 
     def look(a: float) -> None:
         for split, rows in (("valid", valid), ("test", test)):
-            got = evaluate(run, rows, cfg.gen_length) if rows else None
-            if got:  # on rank 0
+            if rows and (got := evaluate(run, rows, cfg.gen_length)):  # on rank 0
                 run.log(kind="eval", split=split, phase=state["phase"], a=a, **got)
                 run.say(f"a = {a:6.2f} {split:>5}: " + show(got))
-            if got and split == "valid" and got["solved"] > state["best"]:
-                state.update(best=got["solved"], best_phase=state["phase"])
-                run.teacher.save(run.out / "best", cfg.model)
+                if split == "valid" and got["solved"] > state["best"]:
+                    state.update(best=got["solved"], best_phase=state["phase"])
+                    run.teacher.save(run.out / "best", cfg.model)
         lap("eval")
 
     if state["total"] == 0 and not state["h"]:
         look(0.0)
     for n, (a, h) in enumerate(phases(cfg.a_end, next_h)):
-        bar = tqdm(range(state["step"] if n == state["phase"] else cfg.steps_per_h, cfg.steps_per_h), f"a {a:.1f} of {cfg.a_end:g}",
-                   disable=ranks.rank > 0 or n < state["phase"], unit="step", dynamic_ncols=True)
+        if n < state["phase"]:  # a resumed run's past
+            continue
+        bar = tqdm(range(state["step"], cfg.steps_per_h), f"a {a:.1f} of {cfg.a_end:g}", unit="step", disable=ranks.rank > 0, dynamic_ncols=True)
         for step in bar:
             if step and cfg.refresh and cfg.refresh_steps and step % cfg.refresh_steps == 0:
                 buffer.fill(model, cfg.refresh)
@@ -1064,8 +993,7 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
             norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
             need(math.isfinite(norm) and bool(sums.isfinite().all()), f"the loss is not finite at step {state['total'] + 1}, rank {ranks.rank}, prompts "
                  f"{sorted({int(buffer.data['row'][i]) for i in picks})}; the last checkpoint is untouched. Try a lower --lr or --h, or --normalize batch")
-            for group in run.adam.param_groups:
-                group["lr"] = learning_rate(cfg, step)
+            run.adam.param_groups[0]["lr"] = learning_rate(cfg, step)
             run.adam.step()
             run.adam.zero_grad()
             run.control.fit(ranks)
@@ -1082,45 +1010,42 @@ def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
             bar.set_postfix(loss=f"{loss:.3g}", reward=f"{float(r.mean()):.3f}", h=f"{h:.2f}", refresh=False)
             if state["total"] % cfg.save_every == 0 and step + 1 < cfg.steps_per_h:
                 run.save()
-        if n == state["phase"]:  # the boundary: teacher <- student or its average
-            for adapter in (run.teacher, run.student):
-                adapter.follow(run.ema or dict(run.student.named_parameters()))
-            run.open_phase()
-            state.update(phase=n + 1, step=0)
-            look(a + h)
-            run.save()
+        for adapter in (run.teacher, run.student):  # the boundary: teacher <- student or its average
+            adapter.follow(run.ema or run.student.state_dict())
+        run.open_phase()
+        state.update(phase=n + 1, step=0)
+        look(a + h)
+        run.save()
 
 # ---- 12. Evaluation ------------------------------------------------------------------------------
 def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0) -> dict | None:
     """Decodes every row once with the teacher's adapter, by confidence, at the rollouts' tokens a step. Scores with standard errors
     on rank 0, None elsewhere; `path` receives the answers as JSONL in the order of the rows."""
-    cfg, ranks, task, model = run.cfg, run.ranks, TASKS[run.cfg.task], run.model.eval().use("teacher")
+    cfg, ranks, task = run.cfg, run.ranks, TASKS[run.cfg.task]
     # Every rank decodes as many, so that sharded ranks keep step; the repeats at the end count once.
     mine = [i % len(rows) for i in range(ranks.rank, -(-len(rows) // ranks.size) * ranks.size, ranks.size)]
-    prompts, ids = {i: run.text.prompt(task.prompt(rows[i])) for i in mine}, torch.empty(len(mine), gen_length, dtype=torch.long, device=ranks.device)
-    steps, g = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length), Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
-    for part in tqdm(by_length(range(len(mine)), cfg.chunk, key=lambda j: len(prompts[mine[j]])), "decoding", disable=ranks.rank > 0, leave=False):
-        prompt, pad = pad_left([prompts[mine[j]] for j in part], model.config["pad_token_id"], ranks.device)
-        ids[part] = generate(model, prompt, gen_length, cfg.block, steps, temperature, pad, g)[:, prompt.shape[1]:]
+    prompts, g = [run.text.prompt(task.prompt(rows[i])) for i in mine], Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+    steps = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length)
+    ids = decode(run.model.eval().use("teacher"), prompts, gen_length, cfg.chunk, g, ranks.rank > 0, block=cfg.block, steps=steps, temperature=temperature)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[:len(rows)].tolist()
     if ranks.rank:
         return None
-    texts = [run.text.answer(x) for x in ids]
-    scores = {"solved": [float(task.correct(t, row)) for t, row in zip(texts, rows)], "reward": [task.reward(t, row) for t, row in zip(texts, rows)]}
+    graded = [row | {"text": t, "solved": float(task.correct(t, row)), "reward": task.reward(t, row)} for t, row in zip(map(run.text.answer, ids), rows)]
     if path:
-        write(path, "".join(json.dumps({**row, "text": t, **{k: v[i] for k, v in scores.items()}}) + "\n" for i, (row, t) in enumerate(zip(rows, texts))))
-    got = {"n": len(rows)} | {k: float(torch.tensor(v).double().mean()) for k, v in scores.items()}
-    got |= {f"{k}_se": float(torch.tensor(v).double().std(correction=0)) / len(rows)**0.5 for k, v in scores.items()}
-    if task.cells:  # pooled over cells; the error counts rows, as a puzzle's cells stand or fall together
-        right, cells = torch.tensor([task.cells(t, row) for t, row in zip(texts, rows)], dtype=torch.float64).unbind(1)
-        share = right.sum() / cells.sum()
-        got |= {"cells": float(share), "cells_se": float((right - share * cells).std(correction=0) / len(rows)**0.5 / cells.mean())}
+        write(path, "".join(json.dumps(line) + "\n" for line in graded))
+    parts = {k: [(line[k], 1) for line in graded] for k in ("solved", "reward")}
+    parts |= {"cells": [task.cells(line["text"], line) for line in graded]} if task.cells else {}
+    got = {"n": len(rows)}
+    for k, pairs in parts.items():  # pooled over cells; the error counts rows, as a puzzle's cells stand or fall together
+        part, whole = torch.tensor(pairs).double().unbind(1)
+        share = part.sum() / whole.sum()
+        got |= {k: float(share), f"{k}_se": float((part - share * whole).std(correction=0) / len(rows)**0.5 / whole.mean())}
     return got
 
-def show(got: dict) -> str:
-    return ", ".join(f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}" for k in ("solved", "cells", "reward") if k in got) + f" (n = {got['n']})"
+show = lambda got: ", ".join(f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}" for k in ("solved", "cells", "reward") if k in got) + f" (n = {got['n']})"
 
 # ---- 13. The laptop's LLaDA ----------------------------------------------------------------------
+CHARS = "?0123456789+-*/()= "
 TOY = CONFIG_8B | dict(d_model=64, n_layers=4, n_heads=4, mlp_hidden_size=192, vocab_size=24, rope_theta=1000.0, mask_token_id=23, eos_token_id=1,
                        pad_token_id=1)
 SLOPPY = dict(steps=1600, batch=128, lr=4e-3, lazy=0.7)
@@ -1135,20 +1060,17 @@ def save_tokenizer(folder: Path, config: dict) -> None:
     """A tokenizer.json of single characters, special tokens at the ids of the config."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     special = {"<|startoftext|>": 0, "<|endoftext|>": config["eos_token_id"], "<|mdm_mask|>": config["mask_token_id"]}
-    tok = Tokenizer(models.WordLevel(special | {c: i for i, c in enumerate("?0123456789+-*/()= ", 2)}, unk_token="?"))
+    tok = Tokenizer(models.WordLevel(special | {c: i for i, c in enumerate(CHARS, 2)}, unk_token="?"))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
     tok.add_special_tokens(list(special))
-    folder.mkdir(parents=True, exist_ok=True)
-    tok.save(str(folder / "tokenizer.json"))
+    write(folder / "tokenizer.json", tok.to_str(pretty=True))
 
 def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]) -> None:
     """A small LLaDA, trained on puzzles whose rows are each filled lazily with chance .7, saved in the checkpoint's format."""
-    if ranks.rank == 0:
-        save_tokenizer(folder, TOY)
-    ranks.wait()
-    text, rows, g = Text(folder, TOY), TASKS["toy"].rows("train"), Generator(ranks.device).manual_seed(seed + ranks.rank)
-    encode = lambda texts: torch.tensor([text.tok.encode(t).ids for t in texts], device=ranks.device)
-    prompt, right, wrong = encode("<|startoftext|>" + r["puzzle"] for r in rows), encode(r["solution"] for r in rows), encode(map(lazy, rows))
+    rows, g = TASKS["toy"].rows("train"), Generator(ranks.device).manual_seed(seed + ranks.rank)
+    encode = lambda texts: torch.tensor([[CHARS.index(c) + 2 for c in text] for text in texts], device=ranks.device)
+    prompt, right, wrong = encode(r["puzzle"] for r in rows), encode(r["solution"] for r in rows), encode(map(lazy, rows))
+    prompt = F.pad(prompt, (1, 0), value=0)  # <|startoftext|>
     model = LLaDA(TOY).init_weights(Generator().manual_seed(seed)).to(ranks.device)
     trained = nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
     adam = torch.optim.AdamW(model.parameters(), SLOPPY["lr"], (0.9, 0.98))
@@ -1156,13 +1078,14 @@ def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]
     for _ in tqdm(range(steps), "pretraining the toy", unit="step", disable=ranks.rank > 0, dynamic_ncols=True):
         i = torch.randint(len(rows), (SLOPPY["batch"] // ranks.size,), generator=g, device=ranks.device)
         x1 = torch.where((torch.rand(len(i), 4, generator=g, device=ranks.device) < SLOPPY["lazy"]).repeat_interleave(4, 1), wrong[i], right[i])
-        _, mask = mask_random(x1, TOY["mask_token_id"], g)
-        row_mean(F.cross_entropy(trained(*canvas(prompt[i], x1, mask, mask, None, model)), x1[mask], reduction="none"), mask).backward()
+        xt, mask = mask_random(x1, TOY["mask_token_id"], g)
+        row_mean(F.cross_entropy(trained(*canvas(prompt[i], None, xt, mask)), x1[mask], reduction="none"), mask).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         rate.step()
         adam.zero_grad()
     if ranks.rank == 0:
+        save_tokenizer(folder, TOY)
         model.save_pretrained(folder)
     ranks.wait()
 
@@ -1219,13 +1142,12 @@ def bench(cfg: SimpleNamespace, ranks: Ranks) -> dict:
     with ranks.device:
         LLaDA(config).init_weights(Generator(ranks.device).manual_seed(0)).save_pretrained(out / "base", 6)
     torch.set_default_dtype(torch.float32)
-    TASKS["bench"] = replace(TASKS["sudoku"], prompt=lambda row: row["puzzle"].ljust(cfg.prompt_length - 1, "0"))
+    TASKS["bench"] = TASKS["sudoku"]._replace(prompt=lambda row: row["puzzle"].ljust(cfg.prompt_length - 1, "0"))
     cfg = SimpleNamespace(**vars(cfg) | dict(task="bench", model=str(out / "base"), out=str(out / "run"), a_end=cfg.h, steps_per_h=10, save_every=5, refresh=0,
                                              prompts=max(cfg.chunk, cfg.batch * cfg.accum)))
     run = start_run(cfg, ranks)
     train(run, [])
-    again = Run(cfg, ranks, run.buffer.rows)
-    again.load()
+    again = resumed(Path(cfg.out), {}, ranks)
     need(all(torch.equal(p, q) for p, q in zip(again.student.parameters(), run.student.parameters())), "the resumed adapter differs")
     log, cost = read_log(run.out), plan(cfg, config, 1, 1.0)["eflop_per_phase"]
     rollout, step = log[-1]["seconds"]["rollout"], (log[-1]["seconds"]["train"] - log[1]["seconds"]["train"]) / 8  # the first two warm up
@@ -1241,41 +1163,37 @@ PANELS = {"solved": "share solved", "cells": "share of empty cells right", "rewa
 
 def plot(runs: list[Path], to: Path) -> None:
     """The runs' logs, a colour for each c, means over runs in bold: TO.png, drawn from TO.json."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     keys = {"kind", "split", "phase", "total", "n", "solved_se", "cells_se", *PANELS}
     log = lambda run: [{k: v for k, v in record.items() if k in keys} for record in read_log(run)]
     table = [{"run": run.name, "settings": read_json(run / "config.json"), "log": log(run)} for run in runs]
     write(to.with_suffix(".json"), json.dumps({"command": "python llada_finetune.py " + " ".join(sys.argv[1:]), "runs": table}) + "\n")
-    fig, axes = plt.subplots(2, 4, figsize=(16, 7), layout="constrained")
+    fig, split = Figure((16, 7), layout="constrained"), "test" if any(e.get("split") == "test" for r in table for e in r["log"]) else "valid"
     colours = dict(zip(sorted({r["settings"]["c"] for r in table}), itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7"))))
-    for axis, (key, title) in zip(axes.flat, PANELS.items()):
-        by_phase, tests = key in ("solved", "cells"), any(e.get("split") == "test" for r in table for e in r["log"])
-        chosen = lambda e: key in e and (e.get("split") == ("test" if tests else "valid") if by_phase else e["kind"] == "step")
+    for axis, (key, title) in zip(fig.subplots(2, 4).flat, PANELS.items()):
+        x, kind = ("phase", split) if key in ("solved", "cells") else ("total", "step")
         for c, colour in colours.items():
-            lines = [[(e["phase" if by_phase else "total"], e[key]) for e in r["log"] if chosen(e)] for r in table if r["settings"]["c"] == c]
+            runs = [r["log"] for r in table if r["settings"]["c"] == c]
+            lines = [[(e[x], e[key]) for e in log if key in e and e.get("split", e["kind"]) == kind] for log in runs]
             for line in filter(None, lines):
                 axis.plot(*zip(*line), color=colour, lw=0.8, alpha=0.6)
-            if by_phase and all(lines):
+            if x == "phase" and all(lines):
                 mean = [sum(p[1] for p in points) / len(lines) for points in zip(*lines)]
                 axis.plot(mean, color=colour, lw=2.5, marker="o", label=f"c: {c}, mean of {len(lines)} runs")
-                axis.legend(loc="lower right", title="test rows" if tests else "validation rows")
-        axis.set(title=title, xlabel="phase" if by_phase else "optimiser step")
-        axis.set_ylim(*(0, 1.02) if by_phase else (min(0, axis.get_ylim()[0]),))
+                axis.legend(loc="lower right", title=f"{split} rows")
+        axis.set(title=title, xlabel={"phase": "phase", "total": "optimiser step"}[x])
+        axis.set_ylim(*(0, 1.02) if x == "phase" else (min(0, axis.get_ylim()[0]),))
         axis.grid(alpha=0.3)
     fig.savefig(to.with_suffix(".png"), dpi=100)
 
 # ---- 15. Command line ----------------------------------------------------------------------------
 def start_run(cfg: SimpleNamespace, ranks: Ranks) -> Run:
     """A new run in a folder that no other run uses."""
-    out = Path(cfg.out)
-    need(not (out / "config.json").exists(), f"{out} holds a run: --resume {out} goes on with it, --out FOLDER starts another")
+    need(not Path(cfg.out, "config.json").exists(), f"{cfg.out} holds a run: --resume {cfg.out} goes on with it, --out FOLDER starts another")
     run = Run(cfg, ranks, task_rows(cfg, "train"))
     ranks.wait()
     if ranks.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write(out / "config.json", vars(cfg))
+        write(run.out / "config.json", vars(cfg))
     return run
 
 def resumed(out: Path, given: dict, ranks: Ranks) -> Run:
@@ -1295,7 +1213,6 @@ def test_table(cfg: SimpleNamespace, ranks: Ranks, adapter: str | None, lengths:
     run, table = Run(cfg, ranks, rows), {}
     if adapter:
         run.model.adapters["teacher"] = LoRA.load(Path(adapter), run.model.config).to(ranks.device, ranks.dtype)
-    run.out.mkdir(parents=True, exist_ok=True)
     for length in lengths:
         if got := evaluate(run, rows, length, run.out / f"eval-{length}.jsonl"):
             table[length] = got
