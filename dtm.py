@@ -40,11 +40,9 @@ from torch import Generator, Tensor
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
-
 def _need(ok: bool | Tensor, message: str) -> None:
     if not ok:
         raise ValueError(message)
-
 
 # ---- 1. The tilt ---------------------------------------------------------------------------------
 def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor | None = None) -> Tensor:
@@ -66,7 +64,6 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor | No
     w = (s - top[which]).exp()
     return w / s.new_zeros(ids.shape).scatter_reduce(0, which.flatten(), w.flatten(), "mean", include_self=False)[which]
 
-
 # ---- 2. The loss ---------------------------------------------------------------------------------
 def _checked(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """The boundary check of the loss family; returns w and c as constants of the graph."""
@@ -79,7 +76,6 @@ def _checked(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Tensor 
         _need(t.isfinite().all(), f"{name} must be finite")
     _need(((x1 >= 0) & (x1 < logits.shape[-1])).all(), f"x1 must hold tokens below V = {logits.shape[-1]}; is a mask left?")
     return w, c
-
 
 def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Tensor | float = 1.0) -> Tensor:
     """c-DTM (Prop 3.3): a weighted cross-entropy whose minimiser is the tilted posterior.
@@ -99,7 +95,6 @@ def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Tenso
     hit, base = _log_likelihoods(logits, logits_a, x1)
     return -(c * base + (w - c) * hit)
 
-
 def _log_likelihoods(logits: Tensor, logits_a: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
     """log pi_theta(x1_i) and E_{v ~ pi_a} log pi_theta(v), each (...): no second (..., V) target needed."""
     logits = _wide(logits)
@@ -108,14 +103,12 @@ def _log_likelihoods(logits: Tensor, logits_a: Tensor, x1: Tensor) -> tuple[Tens
     base = (_wide(logits_a.detach()).softmax(-1) * logits).sum(-1)
     return hit - lse, base - lse
 
-
 def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) -> Tensor:
     """Explicit tilt matching: (D3) to first order in h; r (...) broadcasts like w.
         T = pi_a + h r (e - pi_a),   which is (D3) at w = 1 and c = 1 - h r                        (D4)
     Minimiser: pi_a + h Cov_a(r, e | xt), one Euler step of the tilt, off by O(h^2)."""
     hr = h * torch.as_tensor(r, dtype=_wide(logits).dtype, device=logits.device)
     return c_dtm_loss(logits, logits_a, x1, torch.ones_like(hr), 1 - hr)
-
 
 def self_consistent_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Tensor | float = 1.0) -> Tensor:
     """The fixed-point form with a stop-gradient sg; shapes as `c_dtm_loss`, c > 0.
@@ -125,7 +118,6 @@ def self_consistent_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor
     _need((c > 0).all(), "self_consistent_loss: c must be positive")
     (hit, base), (_, own) = _log_likelihoods(logits, logits_a, x1), _log_likelihoods(logits, logits, x1)
     return -(base + (w / c - 1) * (hit - own))
-
 
 def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
     """Mean over each row's trained positions, then over rows; loss dense (B, L) or gathered (M,), mask (B, L).
@@ -137,7 +129,6 @@ def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
     share = (1 / (count * len(mask)).to(_wide(loss).dtype)).expand(mask.shape)[mask]
     _need(loss.shape == share.shape, f"row_mean: loss {tuple(loss.shape)} does not fit {len(share)} masked positions")
     return (loss * share).sum()
-
 
 # ---- 3. The control variate ----------------------------------------------------------------------
 def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,14 +146,12 @@ def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> t
     q = (1 - 2 * hit_a + p_a.square().sum(-1)).clamp_min(1e-12)  # both dot products without building e
     return w * (1 - hit - hit_a + (p * p_a).sum(-1)) / q, q
 
-
 def best_c(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor | float = 1.0) -> Tensor:
     """The scalar c* that minimises the variance of the logit gradient of sum share * loss (`row_mean`: 1/k).
         c* = sum share^2 q y / sum share^2 q    with q, y of (D7)                                  (D8)
     On its own batch c* correlates with e and biases the gradient by O(1/batch): use earlier batches' c*."""
     y, q = state_c_target(logits, logits_a, x1, w)
     return (share**2 * q * y).sum() / (share**2 * q).sum()
-
 
 # ---- 4. Annealing --------------------------------------------------------------------------------
 def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> float:
@@ -181,7 +170,6 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
         mid = (low + high) / 2
     return low
 
-
 def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[float, float]]:
     """Yields (a, h) from a = 0 until a + h = a_end, the last h shortened; h is fixed or a rule h(a)."""
     a = 0.0
@@ -191,25 +179,21 @@ def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[
         yield a, step
         a += step
 
-
 # ---- 5. Interpolants: x1 -> xt, blind to token values --------------------------------------------
 def _ranks(score: Tensor) -> Tensor:
     """The rank of each entry in its row, the largest first."""
     return score.argsort(-1, descending=True).argsort(-1)
-
 
 def _noise(x1: Tensor, mask_id: int, generator: Generator | None) -> Tensor:
     _need(x1.dim() == 2 and x1.shape[1] > 0, f"x1 must be (B, L) with L >= 1, got {tuple(x1.shape)}")
     _need((x1 != mask_id).all(), f"x1 already holds the mask id {mask_id}; finish the sequences first")
     return torch.rand(x1.shape, generator=generator, device=x1.device)
 
-
 def mask_random(x1: Tensor, mask_id: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """xt, mask (B, L): per row k ~ U{1..L} positions at random, the states of random-order unmasking."""
     noise = _noise(x1, mask_id, generator)
     mask = _ranks(noise) <= torch.randint(x1.shape[1], (len(x1), 1), generator=generator, device=x1.device)  # k - 1
     return torch.where(mask, mask_id, x1), mask
-
 
 def mask_blockwise(x1: Tensor, mask_id: int, block: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
     """Semi-autoregressive xt, mask (B, L), as in the official lightning_module.py: k ~ U{1..L} tokens to go.
@@ -223,6 +207,11 @@ def mask_blockwise(x1: Tensor, mask_id: int, block: int, generator: Generator | 
     mask = _ranks(noise.masked_fill(place != active, -1)) <= k % block
     return torch.where(mask | (place > active), mask_id, x1), mask
 
+def mask_bernoulli(x1: Tensor, mask_id: int, generator: Generator | None = None) -> tuple[Tensor, Tensor]:
+    """xt, mask (B, L): DMPO's states, each position masked with its row's chance .1 + .9 u, u ~ U(0, 1), at least one."""
+    noise, u = _noise(x1, mask_id, generator), torch.rand(len(x1), 1, generator=generator, device=x1.device)
+    mask = (noise < 0.1 + 0.9 * u) | (noise == noise.amin(1, keepdim=True))
+    return torch.where(mask, mask_id, x1), mask
 
 # ---- 6. Sampling: xt -> x1 -----------------------------------------------------------------------
 def _draw(logits: Tensor, temperature: float, generator: Generator | None) -> Tensor:
@@ -232,7 +221,6 @@ def _draw(logits: Tensor, temperature: float, generator: Generator | None) -> Te
         return logits.argmax(-1)
     logits = _wide(logits) / temperature
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
-
 
 @torch.no_grad()
 def sample(model: Callable, xt: Tensor, mask_id: int, order: str = "random", block: int | None = None, per_step: int = 1,
@@ -275,14 +263,7 @@ def sample(model: Callable, xt: Tensor, mask_id: int, order: str = "random", blo
             xt = torch.where(commit, xt.masked_scatter(where, token), xt)
             yield xt
 
-
 # ---- 7. The sibling: DMPO (yuchen-zhu-zyc/DMPO 96af1a4) ------------------------------------------
-def mask_bernoulli(x1: Tensor, generator: Generator | None = None) -> Tensor:
-    """(B, L): DMPO's states, each position masked with its row's probability .1 + .9 u, at least one."""
-    noise, u = (torch.rand(n, generator=generator, device=x1.device) for n in (x1.shape, (len(x1), 1)))
-    return (noise < 0.1 + 0.9 * u) | (noise == noise.amin(1, keepdim=True))
-
-
 def dmpo_weights(r: Tensor, log_cur: Tensor, log_pre: Tensor, alpha: float, c: float = 1.0, s: float = 1.0,
                  baseline: str = "neg", log_theta: Tensor | None = None) -> Tensor:
     """Weights (..., G) of a prompt's G completions, from rewards and log-likelihoods (..., G).
@@ -299,23 +280,19 @@ def dmpo_weights(r: Tensor, log_cur: Tensor, log_pre: Tensor, alpha: float, c: f
     _need(baseline in less, f"dmpo_weights: baseline {baseline!r} is not one of {', '.join(less)}")
     return u - less[baseline]
 
-
 def dmpo_loss(logits: Tensor, x1: Tensor, weight: Tensor) -> Tensor:
     """-weight log pi_theta(x1_i), shapes as `c_dtm_loss`: (D3) at c = 0. DMPO sums over rows, `row_mean` does not."""
     weight, _ = _checked(logits, logits, x1, weight)
     return -weight * _wide(logits).log_softmax(-1).gather(-1, x1[..., None].long())[..., 0]
-
 
 # ---- 8. Exact oracles for small V and L; MASK = V ------------------------------------------------
 def all_sequences(V: int, L: int, device: torch.device | str | None = None) -> Tensor:
     """(V**L, L): every sequence, in the order of the flat laws."""
     return torch.cartesian_prod(*[torch.arange(V, device=device)] * L).view(-1, L)
 
-
 def _worth(V: int, L: int, device: torch.device) -> Tensor:
     """(L,): what a digit is worth among masked states, which are base-(V + 1) numbers."""
     return (V + 1) ** torch.arange(L - 1, -1, -1, device=device)
-
 
 class Table(torch.nn.Module):
     """A model whose logits ((V+1)**L, L, V) stand in a learnable table over all masked states."""
@@ -329,7 +306,6 @@ class Table(torch.nn.Module):
         state = (xt * _worth(V, L, xt.device)).sum(-1, keepdim=True).expand_as(xt)
         place = torch.arange(L, device=xt.device).expand_as(xt)
         return self.logits[state, place] if where is None else self.logits[state[where], place[where]]
-
 
 def exact_marginal(model: Callable, V: int, L: int, device: torch.device | str | None = None,
                    choose: Callable | None = None) -> Tensor:
@@ -350,12 +326,32 @@ def exact_marginal(model: Callable, V: int, L: int, device: torch.device | str |
             reach = reach.index_add(0, child.flatten(), (reach[number[row], None] * p).flatten())
     return reach[k == 0]
 
+def state_choice(p: Tensor) -> Tensor:
+    """`exact_marginal`'s choose, (n, k, V) both, for order="state": the most certain position, then a draw there."""
+    return p * torch.nn.functional.one_hot(p.amax(-1).argmax(-1), p.shape[1])[..., None]
+
+def confidence_choice(p: Tensor) -> Tensor:
+    """For order="confidence": position i becomes v if it draws v and all others draw tokens less likely than that."""
+    below = (p[:, None, None] * (p[:, None, None] < p[..., None, None])).sum(-1)  # (n, i, v, j)
+    return p * below.masked_fill(torch.eye(p.shape[1], dtype=torch.bool, device=p.device)[:, None], 1).prod(-1)
+
+def sequence_law(model: Callable, x: Tensor, mask_id: int) -> Tensor:
+    """rho_theta (n,) of given sequences x (n, L), float64 on the CPU, differentiable, at any V: (D11) along the 2^L ways
+    to know part of x. A state that several sequences share is evaluated once."""
+    known = all_sequences(2, x.shape[1], x.device).bool()
+    xt, which = torch.where(known[:, None], x, mask_id).flatten(0, 1).unique(dim=0, return_inverse=True)
+    p = model(xt).cpu().double().softmax(-1)[which.cpu()].gather(-1, x.cpu().repeat(len(known), 1)[..., None])
+    p, flows = p.view(len(known), *x.shape), [[p.new_ones(len(x))]] + [[] for _ in known[1:]]
+    for s, keep in enumerate(known[:-1]):  # flows[s]: what reaches the states that know this part
+        reach, hidden = torch.stack(flows[s]).sum(0), (~keep).nonzero()[:, 0].tolist()
+        for i in hidden:
+            flows[s + 2 ** (x.shape[1] - 1 - i)].append(reach * p[s, :, i] / len(hidden))
+    return torch.stack(flows[-1]).sum(0)
 
 def exact_tilt(rho: Tensor, r: Tensor, a: float) -> Tensor:
     """rho_a ~ rho e^{a r} (D1), float64; rho and r (V**L,)."""
     _need(rho.shape == r.shape, f"exact_tilt: rho {tuple(rho.shape)} and r {tuple(r.shape)} must share a shape")
     return (rho.double().log() + a * r.double()).softmax(0)
-
 
 def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
     """pi(v|xt,i) (B, L, V) under the law rho (V**L,), float64; xt (B, L). NaN where rho never reaches xt.
@@ -369,7 +365,6 @@ def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
     here = (xt * worth).sum(-1)[:, None, None]
     joint = P.flatten()[here + torch.where(xt == V, worth, 0)[..., None] * (v - V)]
     return torch.where((xt[..., None] == V) | (xt[..., None] == v), joint, 0) / P.flatten()[here]
-
 
 def regret_bound(model: Callable, rho: Tensor, r: Tensor, h: float, V: int) -> tuple[Tensor, Tensor]:
     """KL(rho_{a+h} || rho_theta) <= (L(theta) - L(theta*)) / Z: both sides, exact float64 scalars.
@@ -385,7 +380,6 @@ def regret_bound(model: Callable, rho: Tensor, r: Tensor, h: float, V: int) -> t
         kl = (torch.xlogy(pi, pi) - pi * model(xt)[:, mask].double().log_softmax(-1)).sum((1, 2))
         bound = bound + torch.where(rho > 0, rho * kl, 0).sum() / (k * math.comb(L, k))
     return torch.xlogy(rho, rho / exact_marginal(model, V, L, rho.device)).sum(), bound
-
 
 # ---- 9. `python dtm.py`: one tilt of a tabular model ---------------------------------------------
 def main() -> None:

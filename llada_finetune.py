@@ -237,6 +237,8 @@ def shards(folder: Path) -> dict[str, list[str] | None]:
         return {single.name: None}
     files = read_json(index).get("weight_map")
     need(files and isinstance(files, dict) and {*map(type, files.values())} == {str}, f"{index} has no valid weight_map; download it again")
+    lost = [file for file in files.values() if not (folder / file).is_file()]
+    need(not lost, f"{folder / min(lost, default='')} is missing; download it again")
     return {file: [k for k in files if files[k] == file] for file in sorted(set(files.values()))}
 
 def read_shard(path: Path, names: list[str] | None = None):
@@ -722,13 +724,6 @@ class Ranks:
         return torch.cat(parts)
 
 # ---- 8. The buffer -------------------------------------------------------------------------------
-def mask_bernoulli(x1: Tensor, mask_id: int, generator: Generator) -> tuple[Tensor, Tensor]:
-    """xt, mask (B, L): DMPO's states, each position with its row's probability .1 + .9 u, at least one."""
-    noise = torch.rand(x1.shape, generator=generator, device=x1.device)
-    share = 0.1 + 0.9 * torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    mask = (noise < share) | (noise == noise.amin(1, keepdim=True))
-    return torch.where(mask, mask_id, x1), mask
-
 class Buffer:
     """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,); for dmpo also log_cur and log_pre (N,)."""
 
@@ -769,7 +764,7 @@ class Buffer:
         logs = {"log_cur": torch.zeros(len(rows)).double(), "log_pre": torch.zeros(len(rows)).double()}
         for part in by_length(range(len(rows)), self.cfg.batch, key=lambda i: len(self.prompt(rows[i]))):
             prompts, y, mask_id = self.prompts([rows[i] for i in part]), x1[part], model.config["mask_token_id"]
-            for _, first in (mask_bernoulli(y, mask_id, self.generator) for _ in range(2)):
+            for _, first in (dtm.mask_bernoulli(y, mask_id, self.generator) for _ in range(2)):
                 for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
                     for log, adapter in zip(logs.values(), ("teacher", None)):
                         logits = model.use(adapter)(*canvas(*prompts, torch.where(mask, mask_id, y), mask)).float()
@@ -927,7 +922,7 @@ def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tupl
     """The loss of one forward pass over the buffer's rows `part` with weights w (B,); beside it [loss, KL(pi_a || pi_theta), mean c]."""
     model, data, g, mask_id = run.model, run.buffer.data, run.generator, run.model.config["mask_token_id"]
     prompts, x1, dmpo = run.buffer.prompts(data["row"][part].tolist()), data["x1"][part], run.cfg.objective == "dmpo"
-    xt, mask = mask_bernoulli(x1, mask_id, g) if dmpo else mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's
+    xt, mask = dtm.mask_bernoulli(x1, mask_id, g) if dmpo else mask_blockwise(x1, mask_id, run.cfg.block, g)  # mask: the active block's
     args = canvas(*prompts, xt, mask)
     with torch.no_grad():
         logits_a, hidden = model.use("teacher")(*args, hidden=True)
@@ -1111,6 +1106,7 @@ def toy(cfg: SimpleNamespace, ranks: Ranks) -> None:
 def plan(cfg: SimpleNamespace, config: dict, gpus: int, tflops: float) -> dict:
     """Parameters, GB a GPU, EFLOP and hours. `tflops` is what a GPU attains, not its data sheet's peak. A map of n numbers costs 2 n
     FLOPs a token; a backward pass through the frozen base costs one more forward. Every prompt counts as --prompt_length."""
+    need(gpus > 0 and tflops > 0, f"--gpus {gpus} and --tflops {tflops:g} must be positive")
     d, m, n, V = (config[k] for k in ("d_model", "mlp_hidden_size", "n_layers", "vocab_size"))
     body, T, masks = n * (4 * d * d + 3 * d * m), cfg.prompt_length + cfg.gen_length, (cfg.block + 1) / 2
     total, trainable = body + 2 * V * d + (2 * n + 1) * d, n * cfg.rank * sum(sum(sizes(config, k)) for k in ADAPTED[cfg.lora])

@@ -35,7 +35,7 @@ import random
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +56,6 @@ HELD = 16  # mazes kept out of training
 DRAWS = 64  # sequences among which `found` counts optimal paths
 BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
 
-
 def option(default, help):
     return field(default=default, metadata={"help": help})
 
@@ -69,7 +68,7 @@ class Config:
     steps: int = option(6400, "gradient steps per arm, all phases together")
     phases: int = option(32, "annealing phases")
     batch: int = option(128, "sequences per gradient step")
-    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0")
+    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0; --ablate method: for all, instead of each one's own")
     base_steps: int = option(800, "gradient steps of the base model")
     base_batch: int = option(512, "walks per gradient step of the base model")
     base_lr: float = option(3e-3, "peak learning rate of the base model")
@@ -77,8 +76,7 @@ class Config:
     layers: int = option(2, "layers of the model")
     mazes: int = option(0, "train on so many random mazes, read as prompts, and judge on others; 0: one maze, in no prompt")
 
-
-PRESETS = {"method": {"steps": 3200}, "tune": {"steps": 3200},
+PRESETS = {"method": {"steps": 3200},
            "mazes": {"walker": "even", "a_end": 24.0, "width": 48, "base_steps": 4000, "base_batch": 128, "phases": 8, "rollouts": 32768,
                      "steps": 2400, "batch": 128, "lr": 2e-3}}  # defaults of a question that are not Config's
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
@@ -98,7 +96,6 @@ class Arm:
     ramp: float = 0.5  # rivals: share of the rounds over which the target's tilt rises; 0: none
     each: int = 1  # rollouts of a prompt; above 1, weights are normalised over them
 
-
 ARMS = {
     None: [Arm("one_jump", "star", phases=1), Arm("c0", 0.0, False), Arm("c1", 1.0, False), Arm("cstar", "star"), Arm("state")],
     "anneal": [*[Arm(f"K = {k}", phases=k, bound=True) for k in (1, 2, 4, 8, 16, 32)], Arm("adaptive", schedule="buffer", bound=True)],
@@ -106,19 +103,16 @@ ARMS = {
            Arm("c*", "star"), Arm("c(xt, i)")],
     "loss": [Arm("explicit", 1.0, False, loss="explicit"), Arm("implicit", 1.0, False), Arm("self-consistent", 1.0, False, loss="self")],
     "sampler": [Arm(order, order=order) for order in ("random", "state", "confidence")],
-    "method": [Arm("c-DTM, c(xt, i)", phases=16), Arm("c-DTM, c = 1", 1.0, False, phases=16),
-               Arm("DMPO, u", "none", loss="dmpo", phases=16), Arm("DMPO, u - v", "neg", loss="dmpo", phases=128),
-               *[Arm(name, loss=loss, phases=128) for name, loss in {
-                   "SPG": "spg", "diffu-GRPO": "diffu_grpo", "wd1": "wd1", "UniGRPO": "uni_grpo", "ELBO-REINFORCE": "elbo_reinforce",
-                   "exact REINFORCE": "exact_reinforce"}.items()]],
-    "tune": [],  # "method" at every learning rate of TUNE
+    # Learning rates: the best of 2e-5, 1e-4, 5e-4, 2e-3, 6e-3 by KL(rho_theta || rho_A) on seeds 100 and 101.
+    "method": [Arm("c-DTM, c(xt, i)", phases=16, lr=2e-3), Arm("c-DTM, c = 1", 1.0, False, phases=16, lr=2e-3),
+               Arm("DMPO, u", "none", loss="dmpo", phases=16, lr=5e-4), Arm("DMPO, u - v", "neg", loss="dmpo", phases=128, lr=1e-4),
+               *[Arm(name, loss=loss, phases=128, lr=lr) for name, loss, lr in (
+                   ("SPG", "spg", 1e-4), ("diffu-GRPO", "diffu_grpo", 2e-3), ("wd1", "wd1", 1e-4), ("UniGRPO", "uni_grpo", 1e-4),
+                   ("ELBO-REINFORCE", "elbo_reinforce", 1e-4), ("exact REINFORCE", "exact_reinforce", 2e-3))]],
     "mazes": [Arm("raw", 1.0, False, "equal", each=8), Arm("by batch", 1.0, True, "equal"), Arm("by prompt", 1.0, True, "equal", each=8),
               Arm("by prompt, c(xt, i)", "state", True, "equal", each=8)],
     "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
 }
-
-TUNE = (1e-4, 5e-4, 2e-3, 6e-3)
-ARMS["tune"] = [replace(arm, name=f"{arm.name} @ {lr:g}", lr=lr) for arm in ARMS["method"] for lr in TUNE]
 
 
 # ---- 1. The maze ---------------------------------------------------------------------------------
@@ -171,7 +165,6 @@ class Maze:
         """The walker's probability (B,) of the paths x1, float64."""
         return self.policy[self.cells(x1)[:, :-1], x1].double().prod(1)
 
-
 class Mazes(Maze):
     """Several mazes of one L, side by side: maze k has the cells k n^2 to (k + 1) n^2. prompt (mazes, n^2): 4 x cell + (0 free, 1 wall,
     2 start, 3 goal), what a model reads in front of a path."""
@@ -190,14 +183,12 @@ class Mazes(Maze):
         """As above, from random mazes, `each` paths a maze."""
         return self.start.to(generator.device)[torch.randint(len(self.start), (n // each,), generator=generator, device=generator.device)].repeat_interleave(each)
 
-
 def make_maze(cfg: Config, device: str = "cpu") -> Maze:
     """`--mazes` random ones, or the default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
     if cfg.mazes:
         return Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[:cfg.mazes], device)
     pillars = [[int(i % 2 == j % 2 == 1 and max(i, j) < cfg.grid - 1) for j in range(cfg.grid)] for i in range(cfg.grid)]
     return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]] if cfg.grid == 4 else pillars, TOWARDS[cfg.walker])
-
 
 @cache
 def draw_mazes(n: int, towards: bool | None, count: int) -> list[Maze]:
@@ -212,7 +203,6 @@ def draw_mazes(n: int, towards: bool | None, count: int) -> list[Maze]:
                 maze = Maze(walls, towards, start, goal)
                 found |= {str(walls): maze} if 2 <= len(maze.paths) <= 8 else {}
     return list(found.values())
-
 
 # ---- 2. The model and its base training ----------------------------------------------------------
 class MazeNet(nn.Module):
@@ -231,7 +221,6 @@ class MazeNet(nn.Module):
         x = self.body(x)[:, -self.L:]
         return self.head(x if where is None else x[where])
 
-
 class StateBaseline(nn.Sequential):
     """The learned control variate c(xt, i), (B, L): a small net on the one-hot state, and prompt, that starts near 1."""
     def __init__(self, L: int, cells: int = 0, hidden: int = 64):
@@ -241,25 +230,20 @@ class StateBaseline(nn.Sequential):
         state = F.one_hot(xt, V + 1).flatten(1)
         return 1 + super().forward((state if prompt is None else torch.cat([state, F.one_hot(prompt % 4, 4).flatten(1)], 1)).float())
 
-
 def ask(model: nn.Module, maze: Maze, start: Tensor):
     """The model of paths that begin at the cells start (B,): it reads their mazes, if there are several."""
     return partial(model, prompt=maze.prompt[start // maze.n**2]) if maze.prompted else model
-
 
 def load(weights: dict, cfg: Config, maze: Maze, device: str) -> MazeNet:
     net = MazeNet(maze.L, cfg, maze.prompted)
     net.load_state_dict(weights)
     return net.to(device)
 
-
 def blank(maze: Maze, n: int, device: str) -> Tensor:
     return torch.full((n, maze.L), MASK, device=device)
 
-
 def adam(model: nn.Module) -> torch.optim.Adam:
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=next(model.parameters()).device.type != "mps")
-
 
 def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
     optimiser.param_groups[0]["lr"] = lr
@@ -267,7 +251,6 @@ def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
     loss.backward()
     nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
     optimiser.step()
-
 
 def train_base(maze: Maze, cfg: Config, seed: int, device: str, tick) -> MazeNet:
     """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
@@ -283,41 +266,11 @@ def train_base(maze: Maze, cfg: Config, seed: int, device: str, tick) -> MazeNet
         tick(cfg.base_batch)
     return net
 
-
 # ---- 3. Measuring: exactly, on the CPU in float64, where it can be -------------------------------
 @torch.no_grad()
 def tabulate(net: nn.Module, L: int, device: str) -> dtm.Table:
     """The net as a table over all 5^L masked states: one forward pass each, look-ups afterwards."""
     return dtm.Table(torch.cat([net(x) for x in dtm.all_sequences(V + 1, L, device).split(2**11)])).requires_grad_(False)
-
-
-def sequence_law(net: nn.Module, x: Tensor) -> Tensor:
-    """rho_theta (n,) of given sequences x (n, L), float64, exact at any V, differentiable: (D11) along the 2^L ways to know
-    part of x. A state that several sequences share is evaluated once."""
-    L, known = x.shape[1], dtm.all_sequences(2, x.shape[1]).bool()
-    xt, worth = torch.where(known[:, None].to(x.device), x, MASK), (V + 1) ** torch.arange(L, device=x.device)  # (2^L, n, L)
-    number, which = (xt * worth).sum(-1).unique(return_inverse=True)
-    log_p = net(number[:, None] // worth % (V + 1)).double().log_softmax(-1)
-    p = log_p.exp()[which].gather(-1, x.expand_as(xt)[..., None])[..., 0].cpu()
-    flows, more = [[] for _ in known], 2 ** torch.arange(L - 1, -1, -1)  # flows[s]: what reaches the states that know s
-    flows[0] = [torch.ones(len(x)).double()]
-    for s, keep in enumerate(known[:-1]):
-        reach, hidden = torch.stack(flows[s]).sum(0), (~keep).nonzero()[:, 0].tolist()
-        for i in hidden:
-            flows[s + more[i]].append(reach * p[s, :, i] / len(hidden))
-    return torch.stack(flows[-1]).sum(0)
-
-
-def confidence_choice(p: Tensor) -> Tensor:
-    """`exact_marginal`'s choose (n, k, V) for order="confidence": position i becomes v if it draws v and every other
-    position draws a token less likely than that. `state_choice`: the most certain position, then a draw there."""
-    below = (p[:, None, None] * (p[:, None, None] < p[..., None, None])).sum(-1)  # (n, i, v, j)
-    return p * below.masked_fill(torch.eye(p.shape[1], dtype=torch.bool)[:, None], 1).prod(-1)
-
-
-def state_choice(p: Tensor) -> Tensor:
-    return p * F.one_hot(p.amax(-1).argmax(-1), p.shape[1])[..., None]
-
 
 @torch.no_grad()
 def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
@@ -337,11 +290,9 @@ def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
         total += squares.item() / (k * L * math.comb(L, k))
     return total / (rho * w).sum().item() ** 2
 
-
 class Meter:
     """Counts the network evaluations of a method: 1 for a sequence's forward pass, 2 more if it goes backward."""
-    def __init__(self):
-        self.spent = 0
+    spent = 0
 
     def watch(self, model: nn.Module) -> nn.Module:
         model.register_forward_hook(self.count)
@@ -350,13 +301,12 @@ class Meter:
     def count(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
         self.spent += len(args[0]) * (3 if logits.requires_grad else 1)
 
-
 class Judge:
     """Measures models against the tilts of one base: exactly up to EXACT_STATES masked states, else from samples."""
     def __init__(self, maze: Maze, base: nn.Module, device: str, seed: int, goal: float = 0.0):
         self.maze, self.base, self.device, self.exact, self.goal = maze, base, device, (V + 1) ** maze.L <= EXACT_STATES, goal
         self.generator = Generator(device).manual_seed(10**6 + seed)  # the judge's own noise
-        self.base_paths = sequence_law(base, maze.paths.to(device))
+        self.base_paths = dtm.sequence_law(base, maze.paths.to(device), MASK)
         if self.exact:
             self.x = dtm.all_sequences(V, maze.L)
             self.r, self.rho_0 = maze.reward(self.x), self.law(tabulate(base, maze.L, device))
@@ -399,11 +349,11 @@ class Judge:
         else:
             x = list(dtm.sample(net, blank(self.maze, 512, self.device), MASK, generator=self.generator))[-1]
             r = self.maze.reward(x).cpu().double()
-            log_w = sequence_law(self.base, x).log() + a * r - sequence_law(net, x).log()
+            log_w = dtm.sequence_law(self.base, x, MASK).log() + a * r - dtm.sequence_law(net, x, MASK).log()
             share, log_z = log_w.softmax(0), log_w.logsumexp(0) - math.log(len(x))
             kl = (share * log_w).sum() - log_z
             kl_se, ess = (share * (log_w - log_z - kl)).square().sum().sqrt().item(), 1 / share.square().sum().item() / len(x)
-            paths, goal = sequence_law(net, self.maze.paths.to(self.device)), (share * (r == 1)).sum()
+            paths, goal = dtm.sequence_law(net, self.maze.paths.to(self.device), MASK), (share * (r == 1)).sum()
             occupancy, more = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x))), {"reward": r.mean().item()}
         q, p = paths / paths.sum(), self.base_paths / self.base_paths.sum()  # r is constant there: rho_a given r = 1 is rho_0's
         found = lambda law: (1 - (1 - law) ** DRAWS).sum().item()
@@ -411,7 +361,6 @@ class Judge:
                 "modes": torch.special.entr(q).sum().exp().item(), "target_modes": torch.special.entr(p).sum().exp().item(),
                 "kl_modes": torch.xlogy(p, p / q).sum().item(), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy,
                 "found": found(paths), "target_found": found(p * goal)} | more
-
 
 class Jury(Judge):
     """The mean of judges, each of one maze that the model reads: `held` out of training ("train_": of the training mazes)."""
@@ -430,13 +379,11 @@ class Jury(Judge):
                     seen.setdefault(key + name, []).append(x)
         return {name: sum(x) / len(x) for name, x in seen.items()} | {"each": {name: seen[name] for name in ("kl", "success", "found")}}
 
-
 def make_judge(cfg: Config, net: nn.Module, device: str, seed: int) -> Judge:
     maze = make_maze(cfg, device)
     if not cfg.mazes:
         return Judge(maze, net, device, seed, cfg.a_end)
     return Jury(maze, Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[cfg.mazes:], device), net, device, seed)
-
 
 # ---- 4. Tilting ----------------------------------------------------------------------------------
 def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
@@ -451,7 +398,6 @@ def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float
         trial = [h for _, (_, h) in zip(range(phases + 1), dtm.phases(a_end, rule))]
         low, high, steps = (mid, high, trial) if len(trial) <= phases else (low, mid, steps)
     return steps
-
 
 def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | None = None):
     """DTM from rho_0 to rho_A, the six lines of dtm.py; `net`, if given, starts as rho_0. Yields the metrics after each phase."""
@@ -505,7 +451,6 @@ def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | No
             record["grad_var"] = gradient_variance(dtm.Table(old.logits.cpu()), judge.law(old), w, c)
         yield record
 
-
 # ---- 5. The rivals: the same base, sampler, rollouts and network evaluations ---------------------
 # Each maps a batch b to its loss: b.net, b.old (which drew the round's rollouts), b.base; paths b.x (B, L) with rewards b.r,
 # b.adv = b.r - mean; a is the target's tilt, so 1/a weighs the KL to the base. There is no prompt and no end token, and a path
@@ -514,19 +459,16 @@ def hidden_logs(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
     """log pi(x_i | x without mask), (B, L); 0 at the visible positions."""
     return model(torch.where(mask, MASK, x)).log_softmax(-1).gather(-1, x[..., None])[..., 0] * mask
 
-
 def clipped(b, mask: Tensor, scale=1.0) -> Tensor:
-    """Clipped token ratios with the estimate e^d - d - 1 of the KL to the base, at the same mask; `scale` of the advantage."""
+    """Clipped token ratios with the estimate e^d - d - 1 of the KL to the base, at the same mask; `scale` for both."""
     now, old, base = (hidden_logs(model, b.x, mask) for model in (b.net, b.old, b.base))
     ratio, adv, d = (now - old).exp(), b.adv[:, None], base - now
     gain = torch.minimum(ratio * adv, ratio.clamp(0.5, 1.5) * adv) - (d.exp() - d - 1) / b.a
     return -scale * dtm.row_mean(gain[mask], mask)
 
-
 def diffu_grpo(b) -> Tensor:
     """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the model's first guesses only."""
     return clipped(b, torch.ones_like(b.x, dtype=torch.bool))
-
 
 def uni_grpo(b) -> Tensor:
     """UniGRPO (MMaDA): a share of masks that grows over a round from a random start to all; normalised advantage."""
@@ -535,12 +477,10 @@ def uni_grpo(b) -> Tensor:
     noise = torch.rand(b.x.shape, generator=b.g, device=b.x.device)
     return clipped(b, (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True)), 1 / b.r.std())
 
-
 def wd1(b) -> Tensor:
     """wd1 (xiaohangt/wd1): weights softmax(adv) - softmax(-adv) over the batch, state of diffu-GRPO; no target."""
     hidden = hidden_logs(b.net, b.x, torch.ones_like(b.x, dtype=torch.bool))
     return -((b.adv.softmax(0) - (-b.adv).softmax(0)) * hidden.sum(1)).sum()
-
 
 def spg(b) -> Tensor:
     """SPG (facebookresearch/SPG): a lower bound for good paths, half of it an upper bound (beta = 1.5) for bad ones; two states
@@ -551,7 +491,6 @@ def spg(b) -> Tensor:
     upper = torch.where(seen, (masks * (1.5 * logs).exp() / tau).mean(0), 1).log().sum(1) / 1.5 / seen.sum(1)
     return -(b.adv * torch.where(b.adv > 0, lower, (upper + lower) / 2)).mean()
 
-
 def elbo_reinforce(b) -> Tensor:
     """REINFORCE with the bound (D6) for the log-likelihood, in the score and, at another state, in the KL to the base."""
     masks = [dtm.mask_random(b.x, MASK, b.g)[1] for _ in range(2)]
@@ -560,24 +499,20 @@ def elbo_reinforce(b) -> Tensor:
         gain = b.r - (bound(b.net, masks[0]) - bound(b.base, masks[0])) / b.a
     return -((gain - gain.mean()) * bound(b.net, masks[1])).mean()
 
-
 def exact_reinforce(b) -> Tensor:
     """REINFORCE with the exact log-likelihood; at its optimum, the tilt rho_a, the gain is the same for all paths."""
     x, which, n = b.x.unique(dim=0, return_inverse=True, return_counts=True)
-    now = sequence_law(b.net, x).log()
-    old, base, r = sequence_law(b.old, x).log(), sequence_law(b.base, x).log(), b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
+    now = dtm.sequence_law(b.net, x, MASK).log()
+    old, base, r = dtm.sequence_law(b.old, x, MASK).log(), dtm.sequence_law(b.base, x, MASK).log(), b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
     gain, p = r - (now.detach() - base) / b.a, n.cpu() / n.sum() * (now.detach() - old).exp().clamp(max=2)
     return -(p * (gain - p @ gain / p.sum()) * now).sum()
 
-
 def dmpo(b) -> Tensor:
     """DMPO (yuchen-zhu-zyc/DMPO): (D3) at c = 0 with weights (D10), all of a round's paths one group."""
-    mask = dtm.mask_bernoulli(b.x, b.g)
+    mask = dtm.mask_bernoulli(b.x, MASK, b.g)[1]
     return -len(b.x) * dtm.row_mean((b.weight[:, None] * hidden_logs(b.net, b.x, mask))[mask], mask)
 
-
 RIVALS = {f.__name__: f for f in (diffu_grpo, uni_grpo, wd1, spg, elbo_reinforce, exact_reinforce, dmpo)}
-
 
 def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
     """A rival, until it has spent what c-DTM spends. The target's tilt rises over the first half of the rounds. Yields the metrics
@@ -601,27 +536,23 @@ def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
         if (k + 1) % max(1, rounds // 16) == 0:
             yield judge(net, a) | {"h": 0.0, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
 
-
 def dmpo_round(old: nn.Module, base: nn.Module, x: Tensor, r: Tensor, a: float, baseline: str, g: Generator) -> Tensor:
     """DMPO's weights (n,) of a round, from bounds (D6) at two antithetic pairs of masks, the same for both models."""
     logs = [torch.zeros(len(x), device=x.device) for _ in range(2)]
-    for first in (dtm.mask_bernoulli(x, g) for _ in range(2)):
+    for _, first in (dtm.mask_bernoulli(x, MASK, g) for _ in range(2)):
         for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
             for log, model in zip(logs, (old, base)):
                 log += x.shape[1] / 4 * hidden_logs(model, x, mask).sum(1) / mask.sum(1)
     return dtm.dmpo_weights(r, *logs, 1 / a, baseline=baseline)
 
-
-# ---- 5. Running: bases first, then every (arm, seed), one to a core ------------------------------
+# ---- 6. Running: bases first, then every (arm, seed), one to a core ------------------------------
 def start_worker(counter) -> None:
     start_worker.counter = counter  # the training rows done, behind the progress bar
     torch.set_num_threads(1)  # two workers of one thread beat one worker of two
 
-
 def count_up(rows: int) -> None:
     with start_worker.counter.get_lock():
         start_worker.counter.value += rows
-
 
 def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
     maze = make_maze(cfg, device)
@@ -635,7 +566,6 @@ def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
                  "frontier": [((p * (p / judge.rho_0).log()).nan_to_num().sum().item(), (p @ values).item()) for p in tilts]}
     return info
 
-
 def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=count_up) -> dict:
     judge = make_judge(cfg, load(weights, cfg, make_maze(cfg, device), device), device, seed)
     trace = list((compete if arm.loss in RIVALS else tilt)(judge, arm, cfg, seed, tick))
@@ -643,7 +573,6 @@ def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=
     end = trace[-1] | {"grad_var": sum(known) / len(known) if known else None}
     flat = [{k: v for k, v in p.items() if not isinstance(v, (list, dict))} for p in trace]
     return {"arm": arm.name, "seed": seed} | end | {"trace": flat}
-
 
 def run(tasks: list, jobs: int, bar: tqdm):
     """Yields the results of task() as they end: in this process, or in `jobs` processes of one thread each."""
@@ -658,7 +587,6 @@ def run(tasks: list, jobs: int, bar: tqdm):
             ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
             bar.update(seen + counter.value - bar.n)
             yield from (future.result() for future in ended)
-
 
 def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, jobs: int) -> dict:
     """Every arm on every seed's own base; prints a line as soon as it is known and returns all there is to draw."""
@@ -688,11 +616,10 @@ def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, j
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
 
-
 def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
     """At three tilts of one base, with the exact posteriors of rho_a as the teacher. "cv": grad_var of each arm against
     h, with the exact best c for a learned one. "sampler": KL(rho_a || law of each decoding order, a token a step)."""
-    out, orders = [], (("random", None), ("state", state_choice), ("confidence", confidence_choice))
+    out, orders = [], (("random", None), ("state", dtm.state_choice), ("confidence", dtm.confidence_choice))
     for a in (0.0, 0.4 * cfg.a_end, 0.8 * cfg.a_end):
         rho = dtm.exact_tilt(judge.rho_0, judge.r, a)
         pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, judge.maze.L)).nan_to_num(1 / V)
@@ -710,19 +637,16 @@ def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
             out += [{"a": a, "x": h, "name": arm.name, "y": y} for arm, y in zip(ARMS["cv"], variances)]
     return out
 
-
-# ---- 6. Reporting: tables and figures read the result (or its JSON) alone ------------------------
+# ---- 7. Reporting: tables and figures read the result (or its JSON) alone ------------------------
 COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target", "modes": "eff. paths", "target_modes": "their target",
            "kl_modes": "KL of paths", "grad_var": "grad. variance"}
 COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999999", "#882255", "#BBAA00")  # colour-blind safe
-
 
 def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
     """An arm's values over the seeds, their mean and its standard error (NaN for one seed or no values)."""
     x = [row[key] for row in result["rows"] if row["arm"] == arm]
     t = torch.tensor([math.nan if v is None else v for v in x], dtype=torch.float64)
     return x, t.mean().item(), t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
-
 
 def table(result: dict) -> str:
     how = "all exact" if result["exact"] else "KL and target success from 512 samples a seed, the rest exact"
@@ -732,23 +656,24 @@ def table(result: dict) -> str:
         lines.append(f"{arm:>16}" + "".join(f"{show(*values(result, arm, key)[1:]):>17}" for key in COLUMNS))
     return "\n".join(lines)
 
-
 def write(path: Path, save) -> None:
     """save(a temporary path), then rename: nobody reads half a file."""
     half = path.with_name(f".half-{path.name}")
     save(half)
     half.replace(path)
 
-
-def draw(result: dict, stem: Path) -> list[Path]:
-    """All figures of a result; returns their paths."""
+def pyplot():
     import matplotlib
-
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130, "legend.frameon": False})
-    out, panels = [], partial(plt.subplots, layout="constrained")
-    kinds = {None: (draw_arms, draw_occupancy, draw_paths), "method": (draw_methods,), "mazes": (draw_held,), "anneal": (draw_arms, draw_bound), "tune": ()}
+    return plt
+
+def draw(result: dict, stem: Path) -> list[Path]:
+    """All figures of a result; returns their paths."""
+    plt, out = pyplot(), []
+    panels = partial(plt.subplots, layout="constrained")
+    kinds = {None: (draw_arms, draw_occupancy, draw_paths), "method": (draw_methods,), "mazes": (draw_held,), "anneal": (draw_arms, draw_bound)}
     for kind in (*kinds.get(result["ablate"], (draw_arms,)), *[draw_exact] * bool(result["extra"])):
         suffix, figure = kind(result, panels)
         out.append(stem.with_name(stem.name + suffix + ".png"))
@@ -756,43 +681,43 @@ def draw(result: dict, stem: Path) -> list[Path]:
         plt.close(figure)
     return out
 
-
 def looks(result: dict) -> dict:
     """name -> (colour, marker) of the arms."""
     return {arm["name"]: (COLOURS[i % len(COLOURS)], "os^vDP*X<>"[i % 10]) for i, arm in enumerate(result["arms"])}
 
-
 def rows_of(result: dict, arm: str) -> list[dict]:
     return [row for row in result["rows"] if row["arm"] == arm]
 
+def bars(axis, result: dict, key: str, shift: float = 0.0, width: float = 0.6, **look) -> None:
+    """Means with standard errors, and each seed."""
+    for i, (arm, (colour, _)) in enumerate(looks(result).items()):
+        each, mean, se = values(result, arm, key)
+        axis.bar(i + shift, mean, width, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4, **look if i == 0 else look | {"label": None})
+        axis.plot([i + shift] * len(each), each, "o", ms=4, color=colour)
+        axis.text(i + shift + 0.08, mean, f"{mean:.2g}", va="bottom")
+    axis.set_xticks(range(len(result["arms"])), looks(result), rotation=20)
 
 def draw_arms(result: dict, panels):
     """The final KL, and success and KL along the tilt."""
     figure, axes = panels(1, 3, figsize=(12, 3.6))
-    for i, (arm, (colour, _)) in enumerate(looks(result).items()):
-        each, mean, se = values(result, arm, "kl")
-        axes[0].bar(i, mean, 0.6, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4)
-        axes[0].plot([i] * len(each), each, "o", ms=4, color=colour)
-        axes[0].text(i + 0.08, mean, f"{mean:.2g}", va="bottom")
+    bars(axes[0], result, "kl")
+    for arm, (colour, _) in looks(result).items():
         for k, (row, base) in enumerate(zip(rows_of(result, arm), result["bases"])):
             trace = [base, *row["trace"]]
             for axis, key in zip(axes[1:], ("success", "kl")):
                 axis.plot([p["a"] for p in trace], [p[key] for p in trace], "o-"[len(trace) > 2 :], ms=4, lw=1, color=colour, label=arm if k == 0 else None)
     goal = target_trace(result)
     axes[1].plot([p["a"] for p in goal], [p["target_success"] for p in goal], "k--", label="target rho_a")
-    axes[0].set_xticks(range(len(result["arms"])), looks(result), rotation=20)
     axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e., each of {len(result['bases'])} seeds")
     axes[1].set(xlabel="tilt a", ylabel="rho_theta(r = 1)", ylim=(0, 1), title="success along the tilt, each seed")
     axes[2].set(xlabel="tilt a", ylabel="KL(rho_a || rho_theta), nats", ylim=(0, None), title="distance to the tilt along the way")
     axes[1].legend()
     return "_anneal" if result["ablate"] is None else "", figure
 
-
 def target_trace(result: dict) -> list[dict]:
     """The first base and the longest trace on it: where the target's success is known."""
     first = result["bases"][0]
     return [first, *max((row["trace"] for row in result["rows"] if row["seed"] == first["seed"]), key=len)]
-
 
 def draw_occupancy(result: dict, panels):
     base, walls = result["bases"][0], torch.tensor(result["walls"])
@@ -805,14 +730,12 @@ def draw_occupancy(result: dict, panels):
     figure.colorbar(image, ax=axes, label="share of paths through")
     return "_maze", figure
 
-
 def show_maze(axis, walls: Tensor, occupancy: list[float]):
     heat = torch.tensor(occupancy).view_as(walls).where(walls == 0, math.nan)
     axis.set(facecolor="#b04030", xticks=[], yticks=[])
     for letter, cell in (("S", 0), ("G", len(walls) - 1)):
         axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
     return axis.imshow(heat.numpy(), vmin=0, vmax=1, cmap="cividis")
-
 
 def draw_paths(result: dict, panels):
     figure, axes = panels(1, len(result["arms"]), figsize=(13, 2.8), sharey=True)
@@ -827,7 +750,6 @@ def draw_paths(result: dict, panels):
     axes[0].legend()
     return "_paths", figure
 
-
 def draw_exact(result: dict, panels):
     tilts = sorted({p["a"] for p in result["extra"]})
     figure, axes = panels(1, len(tilts), figsize=(12, 3.2), sharey=True)
@@ -841,7 +763,6 @@ def draw_exact(result: dict, panels):
             axis.bar_label(axis.bar(arm, points[0]["y"], color=colour, alpha=0.6), fmt="%.2f")
     axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
     return "_exact", figure
-
 
 def draw_methods(result: dict, panels):
     """Distances at the end; the reward-KL plane with its frontier; KL against evaluations and seconds."""
@@ -867,7 +788,6 @@ def draw_methods(result: dict, panels):
     for axis, label in ((cost, "network evaluations, millions (backward = 2)"), (clock, "seconds of one process")):
         axis.set(xlabel=label, ylabel="KL(rho_A || rho_theta), nats", xlim=(0, None), title="mean over seeds")
     return "", figure
-
 
 def draw_bound(result: dict, panels):
     """(D12) along a run, and what the number of phases does."""
@@ -895,32 +815,22 @@ def draw_bound(result: dict, panels):
         axis.legend(fontsize=7)
     return "_bound", figure
 
-
 def draw_held(result: dict, panels):
     """Training and held-out mazes, side by side."""
-    figure, axes = panels(1, 3, figsize=(12, 3.6))
-    for axis, (key, title) in zip(axes, {"kl": "KL(rho_A || rho_theta), nats", "success": "success = share of shortest paths",
-                                         "found": f"optimal paths among {DRAWS} draws"}.items()):
-        for i, (arm, (colour, _)) in enumerate(looks(result).items()):
-            for x, prefix, hatch in ((i - 0.2, "train_", "//"), (i + 0.2, "", None)):
-                each, mean, se = values(result, arm, prefix + key)
-                axis.bar(x, mean, 0.36, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4, hatch=hatch,
-                         label=("held-out" if not prefix else "training") + " mazes" if i == 0 else None)
-                axis.plot([x] * len(each), each, "o", ms=3, color=colour)
+    figure, axes = panels(1, 3, figsize=(13, 3.8))
+    titles = {"kl": "KL(rho_A || rho_theta), nats", "success": "success = share of shortest paths", "found": f"optimal paths among {DRAWS} draws"}
+    for axis, (key, title) in zip(axes, titles.items()):
+        bars(axis, result, f"train_{key}", -0.2, 0.36, hatch="//", label="training mazes")
+        bars(axis, result, key, 0.2, 0.36, label="held-out mazes")
         if key != "kl":
-            axis.axhline(values(result, arm, f"target_{key}")[1], color="k", ls="--", label="exact tilt of the base, held-out")
-        axis.set_xticks(range(len(result["arms"])), looks(result), rotation=15)
+            axis.axhline(values(result, result["arms"][0]["name"], f"target_{key}")[1], color="k", ls="--", label="exact tilt of the base, held-out")
         axis.set(title=title, ylim=(0, None))
     axes[1].legend(fontsize=7, loc="lower right")
     return "", figure
 
-
 def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
     """--gif: mazes filling in, in random order: each canvas and where its finished path may yet lead, by the exact law."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.animation import FuncAnimation, PillowWriter
     maze, g, laws, canvases = make_maze(cfg), Generator(device).manual_seed(seed), {}, {}
     with tqdm(total=cfg.base_steps * cfg.base_batch + 2 * cfg.steps * cfg.batch, unit="row", unit_scale=True) as bar:
@@ -943,8 +853,7 @@ def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
             axis.set_xlabel(" ".join("↑→↓←?"[v] for v in xt), fontsize=14)
     write(path, lambda half: FuncAnimation(figure, frame, 6 * (maze.L + 3)).save(half, PillowWriter(fps=3)))
 
-
-# ---- 7. The command line -------------------------------------------------------------------------
+# ---- 8. The command line -------------------------------------------------------------------------
 def main() -> None:
     parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
     parser.add_argument("--ablate", choices=[name for name in ARMS if name and name != "mazes"], help="the arms of one question (default: the five main arms)")
@@ -970,6 +879,8 @@ def main() -> None:
     device = auto if args.device == "auto" else args.device
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
+    for arm in ARMS["method"]:
+        arm.lr = args.lr or arm.lr
     numbers, arms = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, ARMS[args.ablate]
     most, rounds = (max((arm.phases or cfg.phases for arm in arms if (arm.loss in RIVALS) == rival), default=1) for rival in (False, True))
     wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items()

@@ -58,7 +58,7 @@ def test_random_order_draws_from_the_exact_marginal():
 
 def test_confidence_and_state_orders_have_their_enumerated_laws():
     model, n = table(1, 0.6), 40_000
-    for order, choose in (("confidence", maze_lab.confidence_choice), ("state", maze_lab.state_choice)):
+    for order, choose in (("confidence", dtm.confidence_choice), ("state", dtm.state_choice)):
         law = law_of(model, choose)
         assert law.sum().item() == pytest.approx(1)
         assert not rejects(counts_of(draw(model, n, order=order)), n * law)
@@ -69,8 +69,8 @@ def test_state_order_keeps_the_law_of_a_consistent_model_and_confidence_order_do
     rho = torch.randn(V**L, generator=Generator().manual_seed(2)).double().softmax(0)
     model = dtm.Table(dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L)).log().clamp_min(-60))
     torch.testing.assert_close(law_of(model), rho, atol=1e-12, rtol=0)
-    torch.testing.assert_close(law_of(model, maze_lab.state_choice), rho, atol=1e-12, rtol=0)
-    assert (law_of(model, maze_lab.confidence_choice) - rho).abs().sum() > 0.05
+    torch.testing.assert_close(law_of(model, dtm.state_choice), rho, atol=1e-12, rtol=0)
+    assert (law_of(model, dtm.confidence_choice) - rho).abs().sum() > 0.05
 
 
 def test_blocks_are_decoded_left_to_right():
