@@ -35,7 +35,7 @@ import random
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,7 +86,7 @@ class Arm:
     """One way from rho_0 to rho_A. All arms share the base, the number of rollouts and of gradient steps."""
     name: str
     c: str | float = "state"  # control variate: a number, "star" (running best_c) or "state" (learned c(xt, i))
-    normalize: bool = True  # weights divided by their mean over the buffer
+    normalize: bool | str = True  # weights divided by their mean over the buffer, or over the paths of one "prompt"
     schedule: str = "ess"  # "ess": equal exact ESS a phase; "equal": equal h; "buffer": ESS of the rollouts
     phases: int | None = None  # None: Config.phases
     loss: str = "implicit"  # "implicit": c-DTM; "explicit": ETM; "self": self-consistent; or a key of RIVALS
@@ -94,7 +94,7 @@ class Arm:
     lr: float | None = None  # None: Config.lr
     bound: bool = False  # measure both sides of (D12) in every phase
     ramp: float = 0.5  # rivals: share of the rounds over which the target's tilt rises; 0: none
-    each: int = 1  # rollouts of a prompt; above 1, weights are normalised over them
+    each: int = 1  # rollouts of a prompt
 
 ARMS = {
     None: [Arm("one_jump", "star", phases=1), Arm("c0", 0.0, False), Arm("c1", 1.0, False), Arm("cstar", "star"), Arm("state")],
@@ -109,8 +109,8 @@ ARMS = {
                *[Arm(name, loss=loss, phases=128, lr=lr) for name, loss, lr in (
                    ("SPG", "spg", 1e-4), ("diffu-GRPO", "diffu_grpo", 2e-3), ("wd1", "wd1", 1e-4), ("UniGRPO", "uni_grpo", 1e-4),
                    ("ELBO-REINFORCE", "elbo_reinforce", 1e-4), ("exact REINFORCE", "exact_reinforce", 2e-3))]],
-    "mazes": [Arm("raw", 1.0, False, "equal", each=8), Arm("by batch", 1.0, True, "equal"), Arm("by prompt", 1.0, True, "equal", each=8),
-              Arm("by prompt, c(xt, i)", "state", True, "equal", each=8)],
+    "mazes": [Arm(name, c, by, "equal", each=8) for name, c, by in (
+        ("raw", 1.0, False), ("by buffer", 1.0, True), ("by prompt", 1.0, "prompt"), ("by prompt, c(xt, i)", "state", "prompt"))],
     "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
 }
 
@@ -181,7 +181,8 @@ class Mazes(Maze):
 
     def begin(self, n: int, generator: Generator, each: int = 1) -> Tensor:
         """As above, from random mazes, `each` paths a maze."""
-        return self.start.to(generator.device)[torch.randint(len(self.start), (n // each,), generator=generator, device=generator.device)].repeat_interleave(each)
+        which = torch.randint(len(self.mazes), (n // each,), generator=generator, device=generator.device)
+        return self.start.to(generator.device)[which].repeat_interleave(each)
 
 def make_maze(cfg: Config, device: str = "cpu") -> Maze:
     """`--mazes` random ones, or the default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
@@ -239,11 +240,8 @@ def load(weights: dict, cfg: Config, maze: Maze, device: str) -> MazeNet:
     net.load_state_dict(weights)
     return net.to(device)
 
-def blank(maze: Maze, n: int, device: str) -> Tensor:
-    return torch.full((n, maze.L), MASK, device=device)
-
-def adam(model: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=next(model.parameters()).device.type != "mps")
+blank = lambda maze, n, device: torch.full((n, maze.L), MASK, device=device)
+adam = lambda model: torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=next(model.parameters()).device.type != "mps")
 
 def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
     optimiser.param_groups[0]["lr"] = lr
@@ -290,16 +288,17 @@ def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
         total += squares.item() / (k * L * math.comb(L, k))
     return total / (rho * w).sum().item() ** 2
 
+kl_of = lambda p, q: torch.xlogy(p, p / q).sum().item()
+
 class Meter:
     """Counts the network evaluations of a method: 1 for a sequence's forward pass, 2 more if it goes backward."""
     spent = 0
 
     def watch(self, model: nn.Module) -> nn.Module:
-        model.register_forward_hook(self.count)
+        def count(model: nn.Module, args: tuple, logits: Tensor) -> None:
+            self.spent += len(args[0]) * (3 if logits.requires_grad else 1)
+        model.register_forward_hook(count)
         return model
-
-    def count(self, model: nn.Module, args: tuple, logits: Tensor) -> None:
-        self.spent += len(args[0]) * (3 if logits.requires_grad else 1)
 
 class Judge:
     """Measures models against the tilts of one base: exactly up to EXACT_STATES masked states, else from samples."""
@@ -333,7 +332,7 @@ class Judge:
         for _ in range(60):
             a = (low + high) / 2
             low, high = (a, high) if dtm.exact_tilt(p, values, a) @ values < q @ values else (low, a)
-        return (torch.xlogy(rho, rho / dtm.exact_tilt(self.rho_0, self.r, a))).sum().item()
+        return kl_of(rho, dtm.exact_tilt(self.rho_0, self.r, a))
 
     @torch.no_grad()
     def __call__(self, net: nn.Module, a: float, table: dtm.Table | None = None) -> dict:
@@ -341,9 +340,8 @@ class Judge:
         the optimal paths; the KL is sampled above EXACT_STATES, by importance sampling with exact likelihoods."""
         if self.exact:
             rho, target = self.law(table or tabulate(net, self.maze.L, self.device)), dtm.exact_tilt(self.rho_0, self.r, a)
-            paths, goal, kl, kl_se, ess = rho[self.best], target[self.best].sum(), torch.xlogy(target, target / rho).sum(), 0.0, 1.0
-            occupancy = self.occupancy(self.x, rho)
-            end, kl_of = dtm.exact_tilt(self.rho_0, self.r, self.goal), lambda p, q: torch.xlogy(p, p / q).sum().item()
+            end = dtm.exact_tilt(self.rho_0, self.r, self.goal)
+            paths, goal, kl, kl_se, ess, occupancy = rho[self.best], target[self.best].sum(), kl_of(target, rho), 0.0, 1.0, self.occupancy(self.x, rho)
             more = {"reward": (rho @ self.r.double()).item(), "kl_base": kl_of(rho, self.rho_0), "kl_end": kl_of(end, rho),
                     "kl_reverse": kl_of(rho, end), "waste": self.waste(rho)}
         else:
@@ -351,15 +349,15 @@ class Judge:
             r = self.maze.reward(x).cpu().double()
             log_w = dtm.sequence_law(self.base, x, MASK).log() + a * r - dtm.sequence_law(net, x, MASK).log()
             share, log_z = log_w.softmax(0), log_w.logsumexp(0) - math.log(len(x))
-            kl = (share * log_w).sum() - log_z
+            kl = ((share * log_w).sum() - log_z).item()
             kl_se, ess = (share * (log_w - log_z - kl)).square().sum().sqrt().item(), 1 / share.square().sum().item() / len(x)
             paths, goal = dtm.sequence_law(net, self.maze.paths.to(self.device), MASK), (share * (r == 1)).sum()
             occupancy, more = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x))), {"reward": r.mean().item()}
         q, p = paths / paths.sum(), self.base_paths / self.base_paths.sum()  # r is constant there: rho_a given r = 1 is rho_0's
         found = lambda law: (1 - (1 - law) ** DRAWS).sum().item()
-        return {"a": a, "kl": kl.item(), "kl_se": kl_se, "kl_ess": ess, "success": paths.sum().item(), "target_success": goal.item(),
+        return {"a": a, "kl": kl, "kl_se": kl_se, "kl_ess": ess, "success": paths.sum().item(), "target_success": goal.item(),
                 "modes": torch.special.entr(q).sum().exp().item(), "target_modes": torch.special.entr(p).sum().exp().item(),
-                "kl_modes": torch.xlogy(p, p / q).sum().item(), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy,
+                "kl_modes": kl_of(p, q), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy,
                 "found": found(paths), "target_found": found(p * goal)} | more
 
 class Jury(Judge):
@@ -421,7 +419,7 @@ def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | No
             return cfg.a_end - a if done == count - 1 else max(dtm.next_h(r, BUFFER_ESS, cfg.a_end - a), 0.1 * cfg.a_end / count)
         return next(planned) if schedule == "ess" else cfg.a_end / count
     for a, h in dtm.phases(cfg.a_end, next_step):
-        w = dtm.tilt_weight(r, h, normalize=arm.normalize, group=begin if arm.each > 1 else None)
+        w = dtm.tilt_weight(r, h, bool(arm.normalize), begin if arm.normalize == "prompt" else None)
         for step in range(steps):
             i = torch.randint(len(x1), (cfg.batch,), generator=g, device=device)
             xt, mask = dtm.mask_random(x1[i], MASK, g)
@@ -441,10 +439,11 @@ def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | No
         old, teacher, done, seconds = teacher, meter.watch(judge.freeze(net, cfg)), done + 1, seconds + time.time() - clock
         if not judge.exact and done % 8 and a + h < 0.999 * cfg.a_end:
             continue  # a sampled measurement costs as much as a phase
-        record = judge(net, a + h, teacher if judge.exact else None) | {
-            "h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds, "ess": w.sum().square().item() / w.square().sum().item() / len(w)}
+        record = judge(net, a + h, teacher if judge.exact else None) | {"h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
+        record["ess"] = (w.mean().square() / w.square().mean()).item()
         if judge.exact and arm.bound:  # this phase alone: from the teacher's law, not from rho_a
-            record["phase_kl"], record["phase_bound"] = (t.item() for t in dtm.regret_bound(dtm.Table(teacher.logits.cpu()), judge.law(old), judge.r, h, V))
+            sides = dtm.regret_bound(dtm.Table(teacher.logits.cpu()), judge.law(old), judge.r, h, V)
+            record["phase_kl"], record["phase_bound"] = (t.item() for t in sides)
         if judge.exact and arm.loss == "implicit" and done % 4 == 1:  # a quarter of the phases is enough for its mean
             w = dtm.tilt_weight(judge.r, h) / (dtm.tilt_weight(r, h).mean().cpu() if arm.normalize else 1.0)
             c = {"state": lambda xt: baseline(xt.to(device)).cpu(), "star": star}.get(arm.c, arm.c)
@@ -522,7 +521,8 @@ def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
     base, optimiser, seconds = meter.watch(judge.freeze(judge.base, cfg)), adam(net), 0.0
     budget = cfg.rollouts * maze.L + cfg.steps * cfg.batch * 4  # c-DTM: a student's pass forward and back, a teacher's forward
     for k in range(rounds):
-        clock, old, a = time.time(), meter.watch(load(net.state_dict(), cfg, maze, device).requires_grad_(False)), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
+        clock, a = time.time(), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
+        old = meter.watch(load(net.state_dict(), cfg, maze, device).requires_grad_(False))
         x = list(dtm.sample(old, blank(maze, cfg.rollouts // rounds, device), MASK, generator=g))[-1]
         r, u, start, stop = maze.reward(x), torch.rand(len(x), generator=g, device=device), meter.spent, budget * (k + 1) / rounds
         weight = dmpo_round(old, base, x, r, a, arm.c, g) if arm.loss == "dmpo" else r
@@ -559,11 +559,11 @@ def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
     judge = make_judge(cfg, net := train_base(maze, cfg, seed, device, tick), device, seed)
     info = {"seed": seed, "exact": judge.exact, "weights": {k: t.cpu() for k, t in net.state_dict().items()}} | judge(net, 0.0)
     if judge.exact:
-        walk, target, values = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end), judge.r.double()
+        walk, target = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
         tilts = [dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
-        info |= {"kl_walker": torch.xlogy(walk, walk / judge.rho_0).sum().item(), "target_occupancy": judge.occupancy(judge.x, target),
-                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts, "target_reward": (target @ values).item(),
-                 "frontier": [((p * (p / judge.rho_0).log()).nan_to_num().sum().item(), (p @ values).item()) for p in tilts]}
+        info |= {"kl_walker": kl_of(walk, judge.rho_0), "target_occupancy": judge.occupancy(judge.x, target),
+                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts,
+                 "frontier": [(kl_of(p, judge.rho_0), (p @ judge.r.double()).item()) for p in tilts]}
     return info
 
 def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=count_up) -> dict:
@@ -588,9 +588,9 @@ def run(tasks: list, jobs: int, bar: tqdm):
             bar.update(seen + counter.value - bar.n)
             yield from (future.result() for future in ended)
 
-def experiment(cfg: Config, ablate: str | None, seeds: list[int], device: str, jobs: int) -> dict:
+def experiment(cfg: Config, ablate: str | None, arms: list[Arm], seeds: list[int], device: str, jobs: int) -> dict:
     """Every arm on every seed's own base; prints a line as soon as it is known and returns all there is to draw."""
-    start, arms, bases, rows, maze = time.time(), ARMS[ablate], [], [], make_maze(cfg)
+    start, bases, rows, maze = time.time(), [], [], make_maze(cfg)
     work = len(seeds) * (cfg.base_steps * cfg.base_batch + len(arms) * cfg.steps * cfg.batch)
     with tqdm(total=work, unit="row", unit_scale=True, smoothing=0.05) as bar:
         for b in run([partial(base_task, cfg, s, device) for s in seeds], jobs, bar):
@@ -626,7 +626,7 @@ def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
         teacher = dtm.Table(pi.clamp_min(1e-30).log()).requires_grad_(False)
         for order, choose in orders if ablate == "sampler" else ():
             law = dtm.exact_marginal(teacher, V, judge.maze.L, choose=choose)
-            out.append({"a": a, "name": order, "y": torch.xlogy(rho, rho / law).sum().item(), "success": law[judge.best].sum().item(),
+            out.append({"a": a, "name": order, "y": kl_of(rho, law), "success": law[judge.best].sum().item(),
                         "sequences": torch.special.entr(law).sum().exp().item()})
         for h in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0) if ablate == "cv" else ():
             w = dtm.tilt_weight(judge.r.double(), h)
@@ -644,7 +644,7 @@ COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0
 
 def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
     """An arm's values over the seeds, their mean and its standard error (NaN for one seed or no values)."""
-    x = [row[key] for row in result["rows"] if row["arm"] == arm]
+    x = [row[key] for row in rows_of(result, arm)]
     t = torch.tensor([math.nan if v is None else v for v in x], dtype=torch.float64)
     return x, t.mean().item(), t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
 
@@ -681,12 +681,8 @@ def draw(result: dict, stem: Path) -> list[Path]:
         plt.close(figure)
     return out
 
-def looks(result: dict) -> dict:
-    """name -> (colour, marker) of the arms."""
-    return {arm["name"]: (COLOURS[i % len(COLOURS)], "os^vDP*X<>"[i % 10]) for i, arm in enumerate(result["arms"])}
-
-def rows_of(result: dict, arm: str) -> list[dict]:
-    return [row for row in result["rows"] if row["arm"] == arm]
+looks = lambda result: {arm["name"]: look for arm, look in zip(result["arms"], zip(COLOURS, "os^vDP*X<>"))}  # name -> colour, marker
+rows_of = lambda result, arm: [row for row in result["rows"] if row["arm"] == arm]
 
 def bars(axis, result: dict, key: str, shift: float = 0.0, width: float = 0.6, **look) -> None:
     """Means with standard errors, and each seed."""
@@ -720,12 +716,12 @@ def target_trace(result: dict) -> list[dict]:
     return [first, *max((row["trace"] for row in result["rows"] if row["seed"] == first["seed"]), key=len)]
 
 def draw_occupancy(result: dict, panels):
-    base, walls = result["bases"][0], torch.tensor(result["walls"])
+    base = result["bases"][0]
     target = {"occupancy": base.get("target_occupancy"), "success": target_trace(result)[-1]["target_success"]}
     heats = {"base": base} | ({"exact target": target} if result["exact"] else {}) | {arm: rows_of(result, arm)[0] for arm in looks(result)}
     figure, axes = panels(1, len(heats), figsize=(13, 2.6))
     for axis, (name, data) in zip(axes, heats.items()):
-        image = show_maze(axis, walls, data["occupancy"])
+        image = show_maze(axis, torch.tensor(result["walls"]), data["occupancy"])
         axis.set_title(f"{name}\nsuccess {data['success']:.2g}")
     figure.colorbar(image, ax=axes, label="share of paths through")
     return "_maze", figure
@@ -856,7 +852,8 @@ def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
 # ---- 8. The command line -------------------------------------------------------------------------
 def main() -> None:
     parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
-    parser.add_argument("--ablate", choices=[name for name in ARMS if name and name != "mazes"], help="the arms of one question (default: the five main arms)")
+    questions = [name for name in ARMS if name not in (None, "mazes")]
+    parser.add_argument("--ablate", choices=questions, help="the arms of one question (default: the five main arms)")
     parser.add_argument("--seeds", type=int, help="seeds, each with its own base model (default: one per process, 1 with --quick)")
     parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
     parser.add_argument("--quick", action="store_true", help=f"under 45 s on 2 cores: {QUICK}")
@@ -874,14 +871,13 @@ def main() -> None:
         print(*(path for file, result in found for path in draw(result, file.with_suffix(""))), sep="\n")
         return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
     args.ablate = "mazes" if args.mazes and not args.ablate else args.ablate
-    cfg = Config(**(PRESETS.get(args.ablate, {}) | (QUICK if args.quick else {}) | {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}))
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
+    cfg = Config(**PRESETS.get(args.ablate, {}) | (QUICK if args.quick else {}) | given)
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
     seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
-    for arm in ARMS["method"]:
-        arm.lr = args.lr or arm.lr
-    numbers, arms = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, ARMS[args.ablate]
+    numbers, arms = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, [replace(arm, lr=args.lr or arm.lr) for arm in ARMS[args.ablate]]
     most, rounds = (max((arm.phases or cfg.phases for arm in arms if (arm.loss in RIVALS) == rival), default=1) for rival in (False, True))
     wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items()
              if name != "walker" and not (0 < x < math.inf or name == "mazes" and x == 0)]
@@ -899,7 +895,7 @@ def main() -> None:
     print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
     if args.gif:
         return animate(cfg, args.first_seed, device, args.out / "maze.gif")
-    result = experiment(cfg, args.ablate, list(range(args.first_seed, args.first_seed + seeds)), device, jobs)
+    result = experiment(cfg, args.ablate, arms, list(range(args.first_seed, args.first_seed + seeds)), device, jobs)
     print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
     parts = (args.quick and "quick", f"ablate_{args.ablate}" if args.ablate else "main", cfg.grid != 4 and f"grid{cfg.grid}")
     stem = args.out / "_".join(part for part in (*parts, cfg.walker != "away" and cfg.walker) if part)

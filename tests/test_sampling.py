@@ -9,7 +9,6 @@ import torch
 from torch import Generator
 
 import dtm
-import maze_lab
 
 V, L = 3, 3
 
