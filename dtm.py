@@ -37,8 +37,7 @@ import torch
 from torch import Generator, Tensor
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+_wide = lambda x: x if x.dtype == torch.float64 else x.float()
 
 def _need(ok: bool | Tensor, message: str) -> None:
     if not ok:
@@ -340,8 +339,9 @@ def sequence_law(model: Callable, x: Tensor, mask_id: int) -> Tensor:
     to know part of x. A state that several sequences share is evaluated once."""
     known = all_sequences(2, x.shape[1], x.device).bool()
     xt, which = torch.where(known[:, None], x, mask_id).flatten(0, 1).unique(dim=0, return_inverse=True)
-    p = model(xt).cpu().double().softmax(-1)[which.cpu()].gather(-1, x.cpu().repeat(len(known), 1)[..., None])
-    p, flows = p.view(len(known), *x.shape), [[p.new_ones(len(x))]] + [[] for _ in known[1:]]
+    logits = torch.cat([model(part).cpu() for part in xt.split(2**14)])
+    p = logits.double().softmax(-1)[which.cpu()].gather(-1, x.cpu().repeat(len(known), 1)[..., None]).view(len(known), *x.shape)
+    flows = [[p.new_ones(len(x))]] + [[] for _ in known[1:]]
     for s, keep in enumerate(known[:-1]):  # flows[s]: what reaches the states that know this part
         reach, hidden = torch.stack(flows[s]).sum(0), (~keep).nonzero()[:, 0].tolist()
         for i in hidden:

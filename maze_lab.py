@@ -51,8 +51,8 @@ import dtm
 V, MASK = 4, 4
 MOVES = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}  # up, right, down, left
 EXACT_STATES = 5**6  # as many masked states are enumerated; larger grids are sampled
-TOWARDS = {"away": False, "towards": True, "even": None}
-HELD = 16  # mazes kept out of training
+TOWARDS = {"away": False, "towards": True, "goal": None}
+HELD = 8  # mazes kept out of training
 DRAWS = 64  # sequences among which `found` counts optimal paths
 BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
 
@@ -62,7 +62,7 @@ def option(default, help):
 @dataclass
 class Config:
     grid: int = option(4, "side of the maze in cells; above 4 the KL is sampled")
-    walker: str = option("away", "base walker: away drifts up and left, from the goal; towards drifts to it (one jump will do); even does not")
+    walker: str = option("away", "base walker: away drifts up and left, from the goal; towards drifts to it (one jump will do), goal too, by the shortest way")
     a_end: float = option(32.0, "final tilt A, per unit of reward")
     rollouts: int = option(32768, "sequences drawn per arm, all phases together")
     steps: int = option(6400, "gradient steps per arm, all phases together")
@@ -76,9 +76,12 @@ class Config:
     layers: int = option(2, "layers of the model")
     mazes: int = option(0, "train on so many random mazes, read as prompts, and judge on others; 0: one maze, in no prompt")
 
-PRESETS = {"method": {"steps": 3200},
-           "mazes": {"walker": "even", "a_end": 24.0, "width": 48, "base_steps": 4000, "base_batch": 128, "phases": 8, "rollouts": 32768,
-                     "steps": 2400, "batch": 128, "lr": 2e-3}}  # defaults of a question that are not Config's
+PRESETS = {  # what differs from Config for a question; "large" is --mazes with --grid above 4, for a GPU
+    "method": {"steps": 3200},
+    "mazes": {"walker": "goal", "a_end": 12.0, "width": 48, "base_steps": 3000, "base_batch": 128, "base_lr": 6e-3, "phases": 4,
+              "rollouts": 16384, "steps": 2400, "lr": 3e-3},
+    "large": {"walker": "goal", "a_end": 20.0, "width": 128, "layers": 4, "base_steps": 20000, "base_lr": 1e-3, "phases": 8,
+              "rollouts": 262144, "steps": 16000, "batch": 512, "lr": 1e-3}}
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
 
 @dataclass
@@ -110,7 +113,7 @@ ARMS = {
                    ("SPG", "spg", 1e-4), ("diffu-GRPO", "diffu_grpo", 2e-3), ("wd1", "wd1", 1e-4), ("UniGRPO", "uni_grpo", 1e-4),
                    ("ELBO-REINFORCE", "elbo_reinforce", 1e-4), ("exact REINFORCE", "exact_reinforce", 2e-3))]],
     "mazes": [Arm(name, c, by, "equal", each=8) for name, c, by in (
-        ("raw", 1.0, False), ("by buffer", 1.0, True), ("by prompt", 1.0, "prompt"), ("by prompt, c(xt, i)", "state", "prompt"))],
+        ("raw", 1.0, False), ("by buffer", 1.0, True), ("by prompt", 1.0, "prompt"))],
     "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
 }
 
@@ -119,7 +122,7 @@ ARMS = {
 class Maze:
     """Walls (rows of 0 and 1) with a start and a goal. next (cells, 4): where each move leads; progress (cells,): the reward of
     ending there; paths (K, L): the optimal paths as moves; policy (cells, 4): the walker, weight 2 against 1 for
-    its drift (none if `towards` is None) and 0.3 for a bump. prompted: the cells that a model must
+    its drift (down and right, up and left, or, None, by the shortest way to the goal) and 0.3 for a bump. prompted: the cells that a model must
     read: none, for it knows the one maze (`Mazes` differ)."""
     prompted = 0
 
@@ -135,7 +138,8 @@ class Maze:
         for (i, j), (move, k) in ((cell, m) for cell in graph for m in MOVES.items()):
             if (i + move[0], j + move[1]) in graph:
                 self.next[i * self.n + j, k] = (i + move[0]) * self.n + j + move[1]
-                weight[i * self.n + j, k] = 2.0 if (k in (1, 2)) == towards else 1.0
+                good = (k in (1, 2)) == towards if towards is not None else far.get((i + move[0], j + move[1]), 0) < far.get((i, j), 0)
+                weight[i * self.n + j, k] = 2.0 if good else 1.0
         self.policy = weight / weight.sum(1, keepdim=True)
         self.progress = torch.tensor([1 - far.get(cell, self.L) / self.L for cell in cells])
 
@@ -193,10 +197,11 @@ def make_maze(cfg: Config, device: str = "cpu") -> Maze:
 
 @cache
 def draw_mazes(n: int, towards: bool | None, count: int) -> list[Maze]:
-    """Random n x n mazes with random ends, 2 to 8 optimal paths of 2 n - 2 moves, no two with the same walls; always the same."""
+    """Random n x n mazes from a corner to the opposite one, 2 to 8 optimal paths of 2 n - 2 moves, no two with the same walls; always the same."""
     draw, found, cells = random.Random(0), {}, [(i, j) for i in range(n) for j in range(n)]
     while len(found) < count:
-        shut, (start, goal) = draw.sample(cells, draw.randint(n // 2, 3 * n // 2)), draw.sample(cells, 2)
+        shut, start = draw.sample(cells, draw.randint(n // 2, 3 * n // 2)), (draw.choice((0, n - 1)), draw.choice((0, n - 1)))
+        goal = (n - 1 - start[0], n - 1 - start[1])
         walls = [[int((i, j) in shut) for j in range(n)] for i in range(n)]
         if str(walls) not in found and not {start, goal} & {*shut}:
             graph = nx.grid_2d_graph(n, n).subgraph([cell for cell in cells if cell not in shut])
@@ -872,7 +877,8 @@ def main() -> None:
         return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
     args.ablate = "mazes" if args.mazes and not args.ablate else args.ablate
     given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
-    cfg = Config(**PRESETS.get(args.ablate, {}) | (QUICK if args.quick else {}) | given)
+    preset = "large" if args.mazes and (args.grid or 0) > 4 else args.ablate
+    cfg = Config(**PRESETS.get(preset, {}) | (QUICK if args.quick else {}) | given)
     auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     device = auto if args.device == "auto" else args.device
     jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1

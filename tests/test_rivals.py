@@ -156,7 +156,7 @@ def test_both_sides_of_the_bound_along_a_run():
 
 
 # ---- many mazes ----------------------------------------------------------------------------------
-MANY = replace(CFG, mazes=6, walker="even", a_end=6.0)
+MANY = replace(CFG, mazes=6, walker="goal", a_end=6.0)
 
 
 def test_drawn_mazes_are_what_they_say():
