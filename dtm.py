@@ -36,7 +36,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Generator, Tensor
 
-
 _wide = lambda x: x if x.dtype == torch.float64 else x.float()
 
 def _need(ok: bool | Tensor, message: str) -> None:

@@ -1,7 +1,9 @@
 """The maze lab: Discrete Tilt Matching where every number can be known exactly.
 
     python maze_lab.py                 five arms, from nothing to figures; --seeds 5 makes README's table
-    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess; -h lists the rest
+    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess; method: DTM against its rivals
+    python maze_lab.py --mazes 512     one model for many mazes, which it reads as prompts, judged on mazes it has not seen
+    python maze_lab.py --gif           figures/maze.gif; -h lists the rest
 
 THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a move
 into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
@@ -21,6 +23,11 @@ THE METRICS (`rows` of the JSON)
     kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
     success   rho_theta(r = 1); modes: e^entropy of rho_theta given r = 1, the effective number of optimal
               paths; target_success, target_modes: rho_A's; kl_modes: KL between the laws given r = 1
+    found     expected number of different optimal paths among 64 draws; target_found: rho_A's
+    reward, kl_base, kl_reverse, kl_end   E r, KL(rho_theta || rho_0), KL(rho_theta || rho_A), KL(rho_A || rho_theta)
+    waste     min_a KL(rho_theta || rho_a): the distance to the frontier of reward against KL to the base
+    evaluations, seconds   sequences through a network (backward counts 2), seconds without measuring
+    phase_kl, phase_bound, ess   of one phase, from its teacher's own law: both sides of (D12), share of the rollouts
     grad_var  variance over x1 of the logit gradient at a given (xt, i), theta = teacher, over (E w)^2, by
               enumeration; mean over states, positions and phases
 """
@@ -444,7 +451,8 @@ def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | No
         old, teacher, done, seconds = teacher, meter.watch(judge.freeze(net, cfg)), done + 1, seconds + time.time() - clock
         if not judge.exact and done % 8 and a + h < 0.999 * cfg.a_end:
             continue  # a sampled measurement costs as much as a phase
-        record = judge(net, a + h, teacher if judge.exact else None) | {"h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
+        record = judge(load(net.state_dict(), cfg, maze, device), a + h, teacher if judge.exact else None)  # a copy: the meter rests
+        record |= {"h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
         record["ess"] = (w.mean().square() / w.square().mean()).item()
         if judge.exact and arm.bound:  # this phase alone: from the teacher's law, not from rho_a
             sides = dtm.regret_bound(dtm.Table(teacher.logits.cpu()), judge.law(old), judge.r, h, V)
@@ -539,7 +547,7 @@ def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
         seconds += time.time() - clock
         tick(cfg.steps * cfg.batch // rounds)
         if (k + 1) % max(1, rounds // 16) == 0:
-            yield judge(net, a) | {"h": 0.0, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
+            yield judge(load(net.state_dict(), cfg, maze, device), a) | {"h": 0.0, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
 
 def dmpo_round(old: nn.Module, base: nn.Module, x: Tensor, r: Tensor, a: float, baseline: str, g: Generator) -> Tensor:
     """DMPO's weights (n,) of a round, from bounds (D6) at two antithetic pairs of masks, the same for both models."""
@@ -784,6 +792,7 @@ def draw_methods(result: dict, panels):
     dots.set_yticks(range(len(result["arms"])), looks(result))
     dots.set(xscale="log", xlabel="nats", title=f"full: KL(rho_A || rho_theta); hollow: distance to the frontier;\nline: mean of {len(result['bases'])} seeds")
     dots.invert_yaxis()
+    dots.grid(axis="x", alpha=0.3)
     plane.set(xlabel="KL(rho_theta || rho_0), nats", ylabel="expected reward", ylim=(0, 1.02), xlim=(0, 11), title="reward against KL to the base; thin: first seed's way")
     plane.legend(fontsize=7, loc="lower right")
     for axis, label in ((cost, "network evaluations, millions (backward = 2)"), (clock, "seconds of one process")):

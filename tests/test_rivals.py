@@ -2,13 +2,14 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
 import networkx as nx
 import pytest
 import torch
-from test_maze import CFG, SMALL, TINY, base_net, command, quiet
+from test_maze import CFG, ROOT, SMALL, TINY, base_net, command, quiet
 from torch import Generator
 
 import dtm
@@ -238,3 +239,30 @@ def test_the_methods_and_many_mazes_end_to_end(tmp_path):
 def test_bad_flags_say_what_is_wrong(tmp_path, args, word):
     ran = command("maze_lab.py", "--out", tmp_path, *args)
     assert ran.returncode == 2 and word in ran.stderr.splitlines()[-1] and "Traceback" not in ran.stderr
+
+
+# ---- README --------------------------------------------------------------------------------------
+README = (ROOT / "README.md").read_text()
+
+
+def test_readme_names_tests_and_pictures_that_exist():
+    written = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    names = re.findall(r"`(test_\w+)`", README)
+    assert len(names) > 30 and [name for name in names if f"def {name}(" not in written] == []
+    pictures = re.findall(r"\((figures/[\w.]+)\)", README)
+    assert len(pictures) > 10 and [name for name in pictures if not (ROOT / name).is_file()] == []
+
+
+def test_readmes_dtm_in_fifteen_lines_tilts_a_model(tmp_path):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "def tilt(" in block)
+    (tmp_path / "snippet.py").write_text(code)
+    (tmp_path / "drive.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch, dtm\nfrom snippet import tilt\ntorch.set_num_threads(1)\n"
+        "V, L = 3, 2\nmodel, r = dtm.Table(torch.zeros((V + 1) ** L, L, V)), lambda x: (x == 2).float().mean(1)\n"
+        "rho_0 = dtm.exact_marginal(model, V, L).detach()\ntilt(model, r, V, L, a_end=3.0, steps=60, lr=0.03)\n"
+        "target = dtm.exact_tilt(rho_0, r(dtm.all_sequences(V, L)), 3.0)\n"
+        "kl = lambda rho: (target * (target / rho).log()).sum().item()\nprint(kl(rho_0), kl(dtm.exact_marginal(model, V, L)))\n")
+    ran = command(tmp_path / "drive.py")
+    assert ran.returncode == 0, ran.stderr
+    before, after = map(float, ran.stdout.split())
+    assert after < 0.1 * before

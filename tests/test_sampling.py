@@ -137,6 +137,17 @@ def test_mask_random_has_its_law():
     assert counts[0] == 0 and not rejects(counts[1:], expected[1:])
 
 
+def test_mask_bernoulli_has_its_law():
+    n = 60_000
+    xt, mask = dtm.mask_bernoulli(torch.arange(L).expand(n, L), V, Generator().manual_seed(0))
+    assert torch.equal(xt, torch.where(mask, V, torch.arange(L)))
+    p = 0.1 + 0.9 * (torch.arange(10_000) + 0.5).double() / 10_000  # an integral over the row's probability
+    k = dtm.all_sequences(2, L).sum(1)
+    expected = torch.stack([(p**i * (1 - p) ** (L - i)).mean() + (i == 1) * ((1 - p) ** L).mean() / L for i in k.tolist()])
+    counts = torch.bincount(digits(mask.long(), 2), minlength=2**L)
+    assert counts[0] == 0 and not rejects(counts[1:], n * expected[1:])
+
+
 def test_mask_blockwise_has_its_law():
     n, length, block = 60_000, 6, 2
     x1 = torch.arange(length).expand(n, length)
