@@ -817,10 +817,12 @@ def draw_bound(result: dict, panels):
             if arm == "K = 16":
                 for key, y, style in (("regret / Z of the phase, (D12)", bound, "--"), ("KL of the phase", own, ":"), ("KL to rho_a", mean(rows, "kl"), "-")):
                     way.plot(tilts, y, style, color=colour, label=key)
-    way.set(title="K = 16", xlabel="tilt a", ylabel="nats", ylim=(0, None))
+    way.set(title="K = 16", xlabel="tilt a", ylabel="nats", ylim=(0, 1.4 * way.get_ylim()[1]))
     ratio.set(title="bound over KL, by phase", xlabel="tilt a", ylim=(0, None))
-    final.set(title="full: final KL; hollow: sum over the phases", xlabel="phases", ylabel="nats", xscale="log", ylim=(0, None))
-    size.set(title="effective sample size of a phase", xlabel="phases", ylabel="share of the rollouts", xscale="log", ylim=(0, 1.02))
+    final.set(title="full: final KL; hollow: sum over the phases", xlabel="phases", ylabel="nats", yscale="log")
+    size.set(title="effective sample size of a phase", xlabel="phases", ylabel="share of the rollouts", ylim=(0, 1.02))
+    for axis in (final, size):
+        axis.set_xscale("log", base=2)
     for axis in (way, ratio, final):
         axis.legend(fontsize=7)
     return "_bound", figure
@@ -832,10 +834,10 @@ def draw_held(result: dict, panels):
     for axis, (key, title) in zip(axes, titles.items()):
         bars(axis, result, f"train_{key}", -0.2, 0.36, hatch="//", label="training mazes")
         bars(axis, result, key, 0.2, 0.36, label="held-out mazes")
-        if key != "kl":
+        if key != "kl":  # the arms' base is the same
             axis.axhline(values(result, result["arms"][0]["name"], f"target_{key}")[1], color="k", ls="--", label="exact tilt of the base, held-out")
         axis.set(title=title, ylim=(0, None))
-    axes[1].legend(fontsize=7, loc="lower right")
+    axes[1].legend(fontsize=7, loc="center right")
     return "", figure
 
 def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
