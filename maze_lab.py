@@ -608,8 +608,9 @@ def experiment(cfg: Config, ablate: str | None, arms: list[Arm], seeds: list[int
     with tqdm(total=work, unit="row", unit_scale=True, smoothing=0.05) as bar:
         for b in run([partial(base_task, cfg, s, device) for s in seeds], jobs, bar):
             bases.append(b)
-            verdict = f"{b['need']:.3f}, {'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} (line: .01)" if b["exact"] else "unknown"
-            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}; sum rho_A^2 / rho_0 over twice the rollouts: {verdict}")
+            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}" + (
+                f"; sum rho_A^2 / rho_0 over twice the rollouts: {b['need']:.3f}, {'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} "
+                "(line: .01)" if b["exact"] else ""))
         for row in run([partial(arm_task, cfg, b["seed"], device, b["weights"], arm) for arm in arms[::-1] for b in bases], jobs, bar):
             rows.append(row)
             error = "" if row["kl_se"] == 0 else f" +- {row['kl_se']:.3f} (trust it if its sample is large: ESS {row['kl_ess']:.0%})"
@@ -662,7 +663,8 @@ def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
     return x, t.mean().item(), t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
 
 def table(result: dict) -> str:
-    how = "all exact" if result["exact"] else "KL and target success from 512 samples a seed, the rest exact"
+    sampled, held = result["config"]["grid"] > 4, f", mean of {HELD} held-out mazes" * (result["ablate"] == "mazes")
+    how = ("KL and target success from 512 samples a seed, the rest exact" if sampled else "all exact") + held
     lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; {how}.", " " * 16 + "".join(f"{t:>17}" for t in COLUMNS.values())]
     show = lambda m, se: "-" if m != m else f"{m:.0f}" if m > 99 else f"{m:.3f}" + (f" +- {se:.3f}" if se == se else "")
     for arm in (arm["name"] for arm in result["arms"]):
