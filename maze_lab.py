@@ -344,7 +344,7 @@ class Judge:
         for _ in range(60):
             a = (low + high) / 2
             low, high = (a, high) if dtm.exact_tilt(p, values, a) @ values < q @ values else (low, a)
-        return kl_of(rho, dtm.exact_tilt(self.rho_0, self.r, a))
+        return kl_of(rho, self.rho_0) - (a * q @ values - (p.log() + a * values).logsumexp(0)).item()
 
     @torch.no_grad()
     def __call__(self, net: nn.Module, a: float, table: dtm.Table | None = None) -> dict:

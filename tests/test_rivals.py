@@ -225,12 +225,12 @@ def test_the_gif_is_small_and_complete(tmp_path):
     assert (tmp_path / "maze.gif").stat().st_size < 2_000_000
 
 
-def test_the_methods_and_many_mazes_end_to_end(tmp_path):
-    small = "--steps 16 --rollouts 256 --base-steps 8 --jobs 2 --seeds 2".split()
+def test_the_methods_end_to_end(tmp_path):
+    small = "--steps 16 --rollouts 256 --base-steps 8 --jobs 2 --seeds 1".split()
     ran = command("maze_lab.py", "--ablate", "method", *small, "--out", tmp_path)
     assert ran.returncode == 0, ran.stderr
     rows = json.loads((tmp_path / "ablate_method.json").read_text())["rows"]
-    assert len(rows) == 2 * len(METHODS) and all(math.isfinite(row["waste"]) and row["evaluations"] > 0 for row in rows)
+    assert len(rows) == len(METHODS) and all(math.isfinite(row["waste"]) and row["evaluations"] > 0 for row in rows)
     assert (tmp_path / "ablate_method.png").stat().st_size > 20_000
 
 
