@@ -487,7 +487,7 @@ def uni_grpo(b) -> Tensor:
     start = (b.u * b.x.shape[1]).floor()
     share = (b.part * (b.x.shape[1] - start) + start).floor() / b.x.shape[1]
     noise = torch.rand(b.x.shape, generator=b.g, device=b.x.device)
-    return clipped(b, (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True)), 1 / b.r.std())
+    return clipped(b, (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True)), 1 / b.r.std().clamp_min(1e-4))
 
 def wd1(b) -> Tensor:
     """wd1 (xiaohangt/wd1): weights softmax(adv) - softmax(-adv) over the batch, state of diffu-GRPO; no target."""
