@@ -1,51 +1,52 @@
-"""The maze lab: Discrete Tilt Matching where every number can be known exactly.
+"""The maze lab: Discrete Tilt Matching where every number is known exactly.
 
-    python maze_lab.py                 five arms, from nothing to figures; --seeds 5 makes README's table
-    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess; method: DTM against its rivals
-    python maze_lab.py --mazes 512     one model for many mazes, which it reads as prompts, judged on mazes it has not seen
-    python maze_lab.py --gif           figures/maze.gif; -h lists the rest
+    python maze_lab.py                 five arms, from nothing to table and figures
+    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess
+    python maze_lab.py --mazes 6       a random maze a seed;  --grid 5: a larger one, exact too
 
-THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a move
-into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
-r = 1 - dist(end, goal) / dist(start, goal). L is the length of a shortest path, so r = 1 exactly on the
-optimal paths: they are the modes, and "no collapse" means to keep them all. The default maze has 5:
+THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a
+move into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
+r = 1 - dist(end, goal) / dist(start, goal). L is the length of a shortest path, so r = 1 exactly on
+the shortest paths: they are the modes, and "no collapse" is to keep them all. The default maze:
 
-    S . # #     S start, G goal, # wall; L = 6. "right down down right down right" is [1, 2, 2, 1, 2, 1]
-    . . . .     and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times, ends beside S, r = 1/6.
-    . . . #     The model reads moves and masks (token 4) only: maze and reward are not in its input, so
-    . # . G     the answer cannot leak.
+    S . # #     S start, G goal, # wall; L = 6, 5 shortest paths. "right down down right down right"
+    . . . .     is [1, 2, 2, 1, 2, 1] and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times
+    . . . #     and ends beside S with r = 1/6. The model reads moves and masks (token 4) only: maze
+    . # . G     and reward are not in its input, so the answer cannot leak.
 
-THE BASE rho_0 is a small masked diffusion transformer trained on a noisy walker that drifts away from the
-goal. THE TARGET is rho_A ~ rho_0 e^{A r}. All 5^6 = 15,625 masked states fit in one batch, so both laws and
-the distance between them are computed, not estimated. Larger grids (`--grid 5`) say what they sample.
+THE BASE rho_0 is a small masked diffusion transformer trained on a noisy walker that drifts away
+from the goal. THE TARGET is rho_A ~ rho_0 e^{A r}. There are 5^6 = 15,625 states, so both laws and
+the distance between them are computed, not estimated.
 
 THE METRICS (`rows` of the JSON)
     kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
-    success   rho_theta(r = 1); modes: e^entropy of rho_theta given r = 1, the effective number of optimal
-              paths; target_success, target_modes: rho_A's; kl_modes: KL between the laws given r = 1
-    found     expected number of different optimal paths among 64 draws; target_found: rho_A's
-    reward, kl_base, kl_reverse, kl_end   E r, KL(rho_theta || rho_0), KL(rho_theta || rho_A), KL(rho_A || rho_theta)
-    waste     min_a KL(rho_theta || rho_a): the distance to the frontier of reward against KL to the base
-    evaluations, seconds   sequences through a network (backward counts 2), seconds without measuring
-    phase_kl, phase_bound, ess   of one phase, from its teacher's own law: both sides of (D12), share of the rollouts
-    grad_var  variance over x1 of the logit gradient at a given (xt, i), theta = teacher, over (E w)^2, by
-              enumeration; mean over states, positions and phases
+    success   rho_theta(r = 1); target_success: rho_A's
+    modes     e^entropy of rho_theta given r = 1, the effective number of shortest paths;
+              target_modes: rho_A's; kl_modes: KL between the two laws given r = 1
+    paths     rho_theta of each shortest path given r = 1; target_paths: rho_A's
+    ess       effective sample size of the last phase, a share of its rollouts; seconds: of the arm
+
+CONTENTS   1 settings   2 the loop: `tilt`   3 control variates   4 schedules of h   5 the maze
+           6 the net   7 the exact judge   8 running   9 table and figures   10 command line
+Symbols and equations (D1), (D2), ... are those of dtm.py.
 """
 
 import argparse
+import copy
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
 import random
+import re
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from types import SimpleNamespace
 
 import networkx as nx
 import torch
@@ -55,205 +56,160 @@ from tqdm import tqdm
 
 import dtm
 
-V, MASK = 4, 4
-MOVES = {(-1, 0): 0, (0, 1): 1, (1, 0): 2, (0, -1): 3}  # up, right, down, left
-EXACT_STATES = 5**6  # as many masked states are enumerated; larger grids are sampled
-TOWARDS = {"away": False, "towards": True, "goal": None}
-HELD = 8  # mazes kept out of training
-DRAWS = 64  # sequences among which `found` counts optimal paths
-BUFFER_ESS = 0.975  # the effective sample size that "buffer" keeps in a phase
+V, MASK = 4, 4  # moves; the token of a hidden move
+MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # up, right, down, left
+DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker of the base prefers
+BYTES_PER_STATE = 120  # and position, at the peak of a process: measured on --grid 5
+ROLLOUT_ESS = 0.975  # the effective sample size of a phase whose h the rollouts choose
 
-def option(default, help):
+
+# ---- 1. Settings --------------------------------------------------------------------------------
+def option(default: int | float | str, help: str):
     return field(default=default, metadata={"help": help})
+
 
 @dataclass
 class Config:
-    grid: int = option(4, "side of the maze in cells; above 4 the KL is sampled")
-    walker: str = option("away", "base walker: away drifts up and left, from the goal; towards drifts to it (one jump will do), goal too, by the shortest way")
+    """The settings of a run; each is a flag of the command line."""
+
+    grid: int = option(4, "cells along a side of the maze; 4 and 5 are for any machine")
+    walker: str = option("away", "drift of the base's walker, away from or towards the goal")
     a_end: float = option(32.0, "final tilt A, per unit of reward")
     rollouts: int = option(32768, "sequences drawn per arm, all phases together")
     steps: int = option(6400, "gradient steps per arm, all phases together")
     phases: int = option(32, "annealing phases")
     batch: int = option(128, "sequences per gradient step")
-    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0; --ablate method: for all, instead of each one's own")
+    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0")
     base_steps: int = option(800, "gradient steps of the base model")
     base_batch: int = option(512, "walks per gradient step of the base model")
     base_lr: float = option(3e-3, "peak learning rate of the base model")
-    width: int = option(32, "model width, in layers of 2 heads")
+    width: int = option(32, "width of the model, for two attention heads a layer")
     layers: int = option(2, "layers of the model")
-    mazes: int = option(0, "train on so many random mazes, read as prompts, and judge on others; 0: one maze, in no prompt")
+    mazes: int = option(0, "run on so many random mazes, one a seed; 0: on the default maze")
 
-PRESETS = {  # what differs from Config for a question; "large" is --mazes with --grid above 4, for a GPU
-    "method": {"steps": 3200},
-    "mazes": {"walker": "goal", "a_end": 12.0, "width": 48, "base_steps": 3000, "base_batch": 128, "base_lr": 6e-3, "phases": 4,
-              "rollouts": 16384, "steps": 2400, "lr": 3e-3},
-    "large": {"walker": "goal", "a_end": 20.0, "width": 128, "layers": 4, "base_steps": 20000, "base_lr": 1e-3, "phases": 8,
-              "rollouts": 262144, "steps": 16000, "batch": 512, "lr": 1e-3}}
+
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
+
 
 @dataclass
 class Arm:
-    """One way from rho_0 to rho_A. All arms share the base, the number of rollouts and of gradient steps."""
-    name: str
-    c: str | float = "state"  # control variate: a number, "star" (running best_c) or "state" (learned c(xt, i))
-    normalize: bool | str = True  # weights divided by their mean over the buffer, or over the paths of one "prompt"
-    schedule: str = "ess"  # "ess": equal exact ESS a phase; "equal": equal h; "buffer": ESS of the rollouts
-    phases: int | None = None  # None: Config.phases
-    loss: str = "implicit"  # "implicit": c-DTM; "explicit": ETM; "self": self-consistent; or a key of RIVALS
-    order: str = "random"  # decoding order of the rollouts
-    lr: float | None = None  # None: Config.lr
-    bound: bool = False  # measure both sides of (D12) in every phase
-    ramp: float = 0.5  # rivals: share of the rounds over which the target's tilt rises; 0: none
-    each: int = 1  # rollouts of a prompt
+    """One way from rho_0 to rho_A. All share the base, the rollouts and the gradient steps."""
 
-ARMS = {
-    None: [Arm("one_jump", "star", phases=1), Arm("c0", 0.0, False), Arm("c1", 1.0, False), Arm("cstar", "star"), Arm("state")],
-    "anneal": [*[Arm(f"K = {k}", phases=k, bound=True) for k in (1, 2, 4, 8, 16, 32)], Arm("adaptive", schedule="buffer", bound=True)],
-    "cv": [Arm("c = 0", 0.0, False), Arm("c = 0.5", 0.5, False), Arm("c = 1", 1.0, False), Arm("c = 1, w / mean", 1.0),
-           Arm("c*", "star"), Arm("c(xt, i)")],
-    "loss": [Arm("explicit", 1.0, False, loss="explicit"), Arm("implicit", 1.0, False), Arm("self-consistent", 1.0, False, loss="self")],
-    "sampler": [Arm(order, order=order) for order in ("random", "state", "confidence")],
-    # Learning rates: the best of 2e-5, 1e-4, 5e-4, 2e-3, 6e-3 by KL(rho_theta || rho_A) on seeds 100 and 101.
-    "method": [Arm("c-DTM, c(xt, i)", phases=16, lr=2e-3), Arm("c-DTM, c = 1", 1.0, False, phases=16, lr=2e-3),
-               Arm("DMPO, u", "none", loss="dmpo", phases=16, lr=5e-4), Arm("DMPO, u - v", "neg", loss="dmpo", phases=128, lr=1e-4),
-               *[Arm(name, loss=loss, phases=128, lr=lr) for name, loss, lr in (
-                   ("SPG", "spg", 1e-4), ("diffu-GRPO", "diffu_grpo", 2e-3), ("wd1", "wd1", 1e-4), ("UniGRPO", "uni_grpo", 1e-4),
-                   ("ELBO-REINFORCE", "elbo_reinforce", 1e-4), ("exact REINFORCE", "exact_reinforce", 2e-3))]],
-    "mazes": [Arm(name, c, by, "equal", each=8) for name, c, by in (
-        ("raw", 1.0, False), ("by buffer", 1.0, True), ("by prompt", 1.0, "prompt"))],
-    "ess": [Arm("equal h", schedule="equal"), Arm("ESS, exact"), Arm("ESS, rollouts", schedule="buffer")],
+    name: str  # in code, tables and figures
+    control: str = "learned c"  # or "best scalar c", or "fixed c"
+    c: float = 1.0  # of "fixed c"
+    normalize: bool = True  # weights divided by their mean over the phase's rollouts
+    schedule: str = "exact law"  # how h is chosen; or "equal h", or "rollouts"
+    phases: int = 0  # 0: Config.phases
+    loss: str = "implicit"  # (D3); or "explicit" (D4), or "self-consistent" (D5)
+    order: str = "random"  # decoding order of the rollouts
+
+
+def paper(name: str, c: float, **changes) -> Arm:
+    """An arm as in the paper: c is a number, the weights are raw."""
+    return Arm(name, control="fixed c", c=c, normalize=False, **changes)
+
+
+LOSSES = {"implicit": dtm.c_dtm_loss, "self-consistent": dtm.self_consistent_loss}
+C_0, C_1 = paper("c = 0", c=0.0), paper("c = 1", c=1.0)
+NORMALIZED = Arm("c = 1, w / mean", control="fixed c")
+BEST_SCALAR, LEARNED = Arm("best scalar c", control="best scalar c"), Arm("learned c")
+ONE_JUMP = Arm("one jump", control="best scalar c", phases=1)
+MAIN = [ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
+ABLATIONS = {
+    "anneal": [
+        *[Arm(f"K = {phases}", phases=phases) for phases in (1, 2, 4, 8, 16, 32)],
+        Arm("h by rollouts", schedule="rollouts"),
+    ],
+    "cv": [C_0, paper("c = 0.5", 0.5), C_1, NORMALIZED, BEST_SCALAR, LEARNED],
+    "loss": [
+        paper("explicit", c=1.0, loss="explicit"),
+        paper("implicit", c=1.0),
+        paper("self-consistent", c=1.0, loss="self-consistent"),
+    ],
+    "sampler": [
+        Arm("random order"),
+        Arm("by certainty", order="state"),
+        Arm("by confidence", order="confidence"),
+    ],
+    "ess": [
+        Arm("equal h", schedule="equal h"),
+        Arm("h by exact law"),
+        Arm("h by rollouts", schedule="rollouts"),
+    ],
 }
 
 
-# ---- 1. The maze ---------------------------------------------------------------------------------
-class Maze:
-    """Walls (rows of 0 and 1) with a start and a goal. next (cells, 4): where each move leads; progress (cells,): the reward of
-    ending there; paths (K, L): the optimal paths as moves; policy (cells, 4): the walker, weight 2 against 1 for
-    its drift (down and right, up and left, or, None, by the shortest way to the goal) and 0.3 for a bump. prompted: the cells that a model must
-    read: none, for it knows the one maze (`Mazes` differ)."""
-    prompted = 0
+# ---- 2. The loop --------------------------------------------------------------------------------
+@dataclass
+class Phase:
+    """A finished phase of `tilt`: who looks from outside finds all of it here."""
 
-    def __init__(self, walls: list[list[int]], towards: bool | None = False, start: tuple = (0, 0), goal: tuple | None = None):
-        self.walls, self.n = walls, len(walls)
-        cells, goal = [(i, j) for i in range(self.n) for j in range(self.n)], goal or (self.n - 1, self.n - 1)
-        graph = nx.grid_2d_graph(self.n, self.n).subgraph([cell for cell in cells if not walls[cell[0]][cell[1]]])
-        far = nx.single_source_shortest_path_length(graph, goal)
-        self.L, self.start, self.goal = far[start], start[0] * self.n + start[1], goal[0] * self.n + goal[1]
-        routes = nx.all_shortest_paths(graph, start, goal)
-        self.paths = torch.tensor(sorted([MOVES[b[0] - a[0], b[1] - a[1]] for a, b in zip(p, p[1:])] for p in routes))
-        self.next, weight = torch.arange(self.n**2)[:, None].repeat(1, 4), torch.full((self.n**2, 4), 0.3)
-        for (i, j), (move, k) in ((cell, m) for cell in graph for m in MOVES.items()):
-            if (i + move[0], j + move[1]) in graph:
-                self.next[i * self.n + j, k] = (i + move[0]) * self.n + j + move[1]
-                good = (k in (1, 2)) == towards if towards is not None else far.get((i + move[0], j + move[1]), 0) < far.get((i, j), 0)
-                weight[i * self.n + j, k] = 2.0 if good else 1.0
-        self.policy = weight / weight.sum(1, keepdim=True)
-        self.progress = torch.tensor([1 - far.get(cell, self.L) / self.L for cell in cells])
+    a: float  # the tilt at its start
+    h: float  # its increment
+    x1: Tensor  # (n, L) rollouts of the teacher
+    w: Tensor  # (n,) their weights
+    student: "MazeNet"  # at the end of the phase
+    teacher: dtm.Table  # at tilt a
+    next_teacher: dtm.Table  # at tilt a + h: the student, tabulated
+    control: "FixedC | ScalarC | LearnedC"
 
-    def begin(self, n: int, generator: Generator, each: int = 1) -> Tensor:
-        """The start cells (n,) of n paths."""
-        return torch.full((n,), self.start, device=generator.device)
 
-    def cells(self, x1: Tensor, start: Tensor | None = None) -> Tensor:
-        """The cells (B, L + 1) on the paths x1 (B, L), start included."""
-        visited = [torch.full_like(x1[:, 0], self.start) if start is None else start]
-        for move in x1.T:
-            visited.append(self.next[visited[-1], move])
-        return torch.stack(visited, 1)
+def tilt(
+    base: "MazeNet", maze: "Maze", arm: Arm, cfg: Config, choose_h: Callable, seed: int
+) -> Iterator[Phase]:
+    """DTM from rho_0 to rho_A, the six steps of dtm.py's head. choose_h(a, r) plans the phases."""
+    device = next(base.parameters()).device
+    noise = Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)  # for the first weights of a learned c
+    phases = arm.phases or cfg.phases
+    steps = cfg.steps // phases  # of a phase
 
-    def reward(self, x1: Tensor, start: Tensor | None = None) -> Tensor:
-        return self.progress[self.cells(x1.cpu(), None if start is None else start.cpu())[:, -1]].to(x1.device)
+    # 1. teacher = student = base
+    student = copy.deepcopy(base)
+    teacher = tabulate(student, maze.L)
+    optimiser = adam(student)  # its state lives on over the phases; the release clears it
+    control = make_control(arm, maze.L, device)
+    a = 0.0
+    while a < cfg.a_end * (1 - 1e-9):
+        # 2. draw from the teacher, score, weigh
+        blank = torch.full((cfg.rollouts // phases, maze.L), MASK, device=device)
+        *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
+        r = maze.reward(x1)  # (n,)
+        h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
+        w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
+        for step in range(steps):
+            # 3. mask a batch
+            i = torch.randint(len(x1), (cfg.batch,), generator=noise, device=device)  # (B,)
+            xt, mask = dtm.mask_random(x1[i], MASK, noise)  # (B, L) each
+            # 4. a step on c-DTM at the masked positions, M in all
+            logits, logits_a = student(xt, mask), teacher(xt, mask)  # (M, V)
+            token = x1[i][mask]  # (M,)
+            w_i = spread(w[i], mask)  # (M,)
+            c = control(xt, mask)  # a number or (M,)
+            if arm.loss == "explicit":
+                loss = dtm.etm_loss(logits, logits_a, token, spread(r[i], mask), h)  # (D4)
+            else:
+                loss = LOSSES[arm.loss](logits, logits_a, token, w_i, c)  # (D3)
+            take_step(optimiser, dtm.row_mean(loss, mask), lr=cfg.lr * (1 - step / steps))
+            control.learn(c, logits.detach(), logits_a, token, w_i, mask)
+        # 5. the student is the teacher of the next phase
+        next_teacher = tabulate(student, maze.L)
+        yield Phase(a, h, x1, w, student, teacher, next_teacher, control)
+        teacher = next_teacher
+        a += h
+    # 6. the tilt is A
 
-    def walks(self, n: int, generator: Generator, start: Tensor | None = None) -> Tensor:
-        """n paths (n, L) of the noisy walker, the training data of the base model."""
-        cell, moves = self.begin(n, generator) if start is None else start, []
-        for _ in range(self.L):
-            moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
-            cell = self.next[cell, moves[-1]]
-        return torch.stack(moves, 1)
 
-    def walk_law(self, x1: Tensor) -> Tensor:
-        """The walker's probability (B,) of the paths x1, float64."""
-        return self.policy[self.cells(x1)[:, :-1], x1].double().prod(1)
+def spread(per_row: Tensor, mask: Tensor) -> Tensor:
+    """A value a row (B,) at each of its masked positions, (M,)."""
+    return per_row[:, None].expand(mask.shape)[mask]
 
-class Mazes(Maze):
-    """Several mazes of one L, side by side: maze k has the cells k n^2 to (k + 1) n^2. prompt (mazes, n^2): 4 x cell + (0 free, 1 wall,
-    2 start, 3 goal), what a model reads in front of a path."""
-    def __init__(self, mazes: list[Maze], device: str):
-        self.mazes, self.L, self.n, self.prompted = mazes, mazes[0].L, mazes[0].n, mazes[0].n ** 2
-        self.next = torch.cat([maze.next + k * self.n**2 for k, maze in enumerate(mazes)])
-        self.progress, self.policy = (torch.cat([getattr(maze, name) for maze in mazes]) for name in ("progress", "policy"))
-        self.start = torch.tensor([maze.start + k * self.n**2 for k, maze in enumerate(mazes)], device=device)
-        self.prompt = torch.stack([torch.tensor(maze.walls).flatten() for maze in mazes]) + 4 * torch.arange(self.n**2)
-        for row, maze in zip(self.prompt, mazes):
-            row[maze.start] += 2
-            row[maze.goal] += 3
-        self.prompt = self.prompt.to(device)
 
-    def begin(self, n: int, generator: Generator, each: int = 1) -> Tensor:
-        """As above, from random mazes, `each` paths a maze."""
-        which = torch.randint(len(self.mazes), (n // each,), generator=generator, device=generator.device)
-        return self.start.to(generator.device)[which].repeat_interleave(each)
+def adam(model: nn.Module) -> torch.optim.Adam:
+    fused = next(model.parameters()).device.type != "mps"
+    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=fused)
 
-def make_maze(cfg: Config, device: str = "cpu") -> Maze:
-    """`--mazes` random ones, or the default 4 x 4 maze; other sides have pillars with streets between them (5 x 5: 8 moves, 6 optimal paths)."""
-    if cfg.mazes:
-        return Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[:cfg.mazes], device)
-    pillars = [[int(i % 2 == j % 2 == 1 and max(i, j) < cfg.grid - 1) for j in range(cfg.grid)] for i in range(cfg.grid)]
-    return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]] if cfg.grid == 4 else pillars, TOWARDS[cfg.walker])
-
-@cache
-def draw_mazes(n: int, towards: bool | None, count: int) -> list[Maze]:
-    """Random n x n mazes from a corner to the opposite one, 2 to 8 optimal paths of 2 n - 2 moves, no two with the same walls; always the same."""
-    draw, found, cells = random.Random(0), {}, [(i, j) for i in range(n) for j in range(n)]
-    while len(found) < count:
-        shut, start = draw.sample(cells, draw.randint(n // 2, 3 * n // 2)), (draw.choice((0, n - 1)), draw.choice((0, n - 1)))
-        goal = (n - 1 - start[0], n - 1 - start[1])
-        walls = [[int((i, j) in shut) for j in range(n)] for i in range(n)]
-        if str(walls) not in found and not {start, goal} & {*shut}:
-            graph = nx.grid_2d_graph(n, n).subgraph([cell for cell in cells if cell not in shut])
-            if nx.single_source_shortest_path_length(graph, goal).get(start) == 2 * n - 2:
-                maze = Maze(walls, towards, start, goal)
-                found |= {str(walls): maze} if 2 <= len(maze.paths) <= 8 else {}
-    return list(found.values())
-
-# ---- 2. The model and its base training ----------------------------------------------------------
-class MazeNet(nn.Module):
-    """A bidirectional transformer over partly masked paths, after a prompt if there is one; the model protocol of dtm.py."""
-    def __init__(self, L: int, cfg: Config, cells: int = 0):
-        super().__init__()
-        self.embed, self.L = nn.Embedding(L * (V + 1), cfg.width), L  # one vector per (position, token)
-        self.read = nn.Embedding(4 * cells, cfg.width) if cells else None
-        layer = nn.TransformerEncoderLayer(cfg.width, 2, 4 * cfg.width, dropout=0.0, batch_first=True, norm_first=True)
-        self.body = nn.TransformerEncoder(layer, cfg.layers, norm=nn.LayerNorm(cfg.width), enable_nested_tensor=False)
-        self.head = nn.Linear(cfg.width, V)
-
-    def forward(self, xt: Tensor, where: Tensor | None = None, prompt: Tensor | None = None) -> Tensor:
-        x = self.embed(xt + (V + 1) * torch.arange(self.L, device=xt.device))
-        x = x if prompt is None else torch.cat([self.read(prompt.expand(len(x), -1)), x], 1)
-        x = self.body(x)[:, -self.L:]
-        return self.head(x if where is None else x[where])
-
-class StateBaseline(nn.Sequential):
-    """The learned control variate c(xt, i), (B, L): a small net on the one-hot state, and prompt, that starts near 1."""
-    def __init__(self, L: int, cells: int = 0, hidden: int = 64):
-        super().__init__(nn.Linear(L * (V + 1) + 4 * cells, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, L))
-
-    def forward(self, xt: Tensor, prompt: Tensor | None = None) -> Tensor:
-        state = F.one_hot(xt, V + 1).flatten(1)
-        return 1 + super().forward((state if prompt is None else torch.cat([state, F.one_hot(prompt % 4, 4).flatten(1)], 1)).float())
-
-def ask(model: nn.Module, maze: Maze, start: Tensor):
-    """The model of paths that begin at the cells start (B,): it reads their mazes, if there are several."""
-    return partial(model, prompt=maze.prompt[start // maze.n**2]) if maze.prompted else model
-
-def load(weights: dict, cfg: Config, maze: Maze, device: str) -> MazeNet:
-    net = MazeNet(maze.L, cfg, maze.prompted)
-    net.load_state_dict(weights)
-    return net.to(device)
-
-blank = lambda maze, n, device: torch.full((n, maze.L), MASK, device=device)
-adam = lambda model: torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=next(model.parameters()).device.type != "mps")
 
 def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
     optimiser.param_groups[0]["lr"] = lr
@@ -262,664 +218,579 @@ def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
     nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
     optimiser.step()
 
-def train_base(maze: Maze, cfg: Config, seed: int, device: str, tick) -> MazeNet:
-    """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
-    torch.manual_seed(seed)  # initial weights are all that torch draws without a named generator
-    net, walker, masker = MazeNet(maze.L, cfg, maze.prompted).to(device), Generator().manual_seed(seed), Generator(device).manual_seed(seed)
-    optimiser = adam(net)
-    for step in range(cfg.base_steps):
-        start = maze.begin(cfg.base_batch, walker)
-        x1 = maze.walks(cfg.base_batch, walker, start).to(device)
-        xt, mask = dtm.mask_random(x1, MASK, masker)
-        loss = dtm.row_mean(F.cross_entropy(ask(net, maze, start)(xt, mask), x1[mask], reduction="none"), mask)
-        take_step(optimiser, loss, cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps))
-        tick(cfg.base_batch)
-    return net
 
-# ---- 3. Measuring: exactly, on the CPU in float64, where it can be -------------------------------
-@torch.no_grad()
-def tabulate(net: nn.Module, L: int, device: str) -> dtm.Table:
-    """The net as a table over all 5^L masked states: one forward pass each, look-ups afterwards."""
-    return dtm.Table(torch.cat([net(x) for x in dtm.all_sequences(V + 1, L, device).split(2**11)])).requires_grad_(False)
+# ---- 3. Control variates: what c is, and how it learns from a batch once that has been used ------
+class FixedC:
+    """c is a number: 0 leaves the control variate out, 1 is the paper's."""
 
-@torch.no_grad()
-def gradient_variance(teacher: dtm.Table, rho: Tensor, w: Tensor, c) -> float:
-    """grad_var of the docstring, from the gradient (c - w)(e - pi_a) of (D3) at theta = a. c: a number, a function
-    xt -> (B, L), or "best", the exact c*(xt, i) of (D7)."""
-    L, total = teacher.logits.shape[1], 0.0
-    x, worth, w = dtm.all_sequences(V, L), (V + 1) ** torch.arange(L - 1, -1, -1), w.double()
-    for mask in dtm.all_sequences(2, L)[1:].bool():
-        k, xt = int(mask.sum()), torch.where(mask, V, x)
-        state = (xt * worth).sum(1).unique(return_inverse=True)[1]
-        e = F.one_hot(x[:, mask], V) - teacher(xt)[:, mask].double().softmax(-1)  # e - pi_a
-        p, q = rho[:, None], e.square().sum(-1)
-        sums = lambda t: torch.zeros(V ** (L - k), *t.shape[1:], dtype=t.dtype).index_add(0, state, t)
-        best = sums(p * q * w[:, None]) / sums(p * q).clamp_min(1e-300) if c == "best" else None
-        g = ((best[state] if c == "best" else c(xt)[:, mask] if callable(c) else c) - w[:, None])[..., None] * e
-        squares = p[:, 0] @ g.square().sum((1, 2)) - (sums(p[..., None] * g).square().sum((1, 2)) / sums(rho).clamp_min(1e-300)).sum()
-        total += squares.item() / (k * L * math.comb(L, k))
-    return total / (rho * w).sum().item() ** 2
+    def __init__(self, c: float):
+        self.c = c
 
-kl_of = lambda p, q: torch.xlogy(p, p / q).sum().item()
+    def __call__(self, xt: Tensor, mask: Tensor) -> float:
+        return self.c
 
-class Meter:
-    """Counts the network evaluations of a method: 1 for a sequence's forward pass, 2 more if it goes backward."""
-    spent = 0
+    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
+        pass
 
-    def watch(self, model: nn.Module) -> nn.Module:
-        def count(model: nn.Module, args: tuple, logits: Tensor) -> None:
-            self.spent += len(args[0]) * (3 if logits.requires_grad else 1)
-        model.register_forward_hook(count)
-        return model
 
-class Judge:
-    """Measures models against the tilts of one base: exactly up to EXACT_STATES masked states, else from samples."""
-    def __init__(self, maze: Maze, base: nn.Module, device: str, seed: int, goal: float = 0.0):
-        self.maze, self.base, self.device, self.exact, self.goal = maze, base, device, (V + 1) ** maze.L <= EXACT_STATES, goal
-        self.generator = Generator(device).manual_seed(10**6 + seed)  # the judge's own noise
-        self.base_paths = dtm.sequence_law(base, maze.paths.to(device), MASK)
-        if self.exact:
-            self.x = dtm.all_sequences(V, maze.L)
-            self.r, self.rho_0 = maze.reward(self.x), self.law(tabulate(base, maze.L, device))
-            self.best = [(self.x == path).all(1).nonzero().item() for path in maze.paths]
+class ScalarC(FixedC):
+    """c is the running best scalar (D8), of past batches: on its own batch it would be biased."""
 
-    def freeze(self, net: nn.Module, cfg: Config) -> nn.Module:
-        """A copy of net for look-ups: as a table where its states can be listed."""
-        copy = load(net.state_dict(), cfg, self.maze, self.device)
-        return tabulate(copy, self.maze.L, self.device) if self.exact else copy.requires_grad_(False)
+    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
+        share = spread(1 / mask.sum(1), mask)  # how `row_mean` weighs a position
+        best = dtm.best_c(logits, logits_a, x1, w, share).item()  # (D8)
+        self.c = 0.9 * self.c + 0.1 * best
 
-    def law(self, table: dtm.Table) -> Tensor:
-        return dtm.exact_marginal(dtm.Table(table.logits.cpu()), V, self.maze.L).detach()
 
-    def occupancy(self, x: Tensor, p: Tensor) -> list[float]:
-        """The share of paths that touch each cell."""
-        return (p[:, None] * F.one_hot(self.maze.cells(x), self.maze.n**2).amax(1)).sum(0).tolist()
+class LearnedC:
+    """c(xt, i) is a small net on the one-hot state that starts near 1 and regresses (D7)."""
 
-    def waste(self, rho: Tensor) -> float:
-        """min_a KL(rho || rho_a), nats: how far rho lies beyond the KL to the base that its expected reward costs at least. The
-        minimum is at the tilt of that reward, and equals KL(rho || rho_0) - KL(rho_a || rho_0) there."""
-        values, which = self.r.double().unique(return_inverse=True)
-        p, q = (torch.zeros_like(values).index_add(0, which, t) for t in (self.rho_0, rho))
-        low, high = -1e3, 1e3
-        for _ in range(60):
-            a = (low + high) / 2
-            low, high = (a, high) if dtm.exact_tilt(p, values, a) @ values < q @ values else (low, a)
-        return kl_of(rho, self.rho_0) - (a * q @ values - (p.log() + a * values).logsumexp(0)).item()
+    def __init__(self, L: int, device: torch.device, hidden: int = 64):
+        state, relu = nn.Linear(L * (V + 1), hidden), nn.ReLU()
+        inner, out = nn.Linear(hidden, hidden), nn.Linear(hidden, L)
+        self.net = nn.Sequential(state, relu, inner, relu, out).to(device)
+        self.optimiser = adam(self.net)  # of its own: the student does not share its steps
+        self.device = device
 
-    @torch.no_grad()
-    def __call__(self, net: nn.Module, a: float, table: dtm.Table | None = None) -> dict:
-        """All metrics of net against rho_a. Success, modes and kl_modes are exact at any size, since r = 1 only on
-        the optimal paths; the KL is sampled above EXACT_STATES, by importance sampling with exact likelihoods."""
-        if self.exact:
-            rho, target = self.law(table or tabulate(net, self.maze.L, self.device)), dtm.exact_tilt(self.rho_0, self.r, a)
-            end = dtm.exact_tilt(self.rho_0, self.r, self.goal)
-            paths, goal, kl, kl_se, ess, occupancy = rho[self.best], target[self.best].sum(), kl_of(target, rho), 0.0, 1.0, self.occupancy(self.x, rho)
-            more = {"reward": (rho @ self.r.double()).item(), "kl_base": kl_of(rho, self.rho_0), "kl_end": kl_of(end, rho),
-                    "kl_reverse": kl_of(rho, end), "waste": self.waste(rho)}
-        else:
-            x = list(dtm.sample(net, blank(self.maze, 512, self.device), MASK, generator=self.generator))[-1]
-            r = self.maze.reward(x).cpu().double()
-            log_w = dtm.sequence_law(self.base, x, MASK).log() + a * r - dtm.sequence_law(net, x, MASK).log()
-            share, log_z = log_w.softmax(0), log_w.logsumexp(0) - math.log(len(x))
-            kl = ((share * log_w).sum() - log_z).item()
-            kl_se, ess = (share * (log_w - log_z - kl)).square().sum().sqrt().item(), 1 / share.square().sum().item() / len(x)
-            paths, goal = dtm.sequence_law(net, self.maze.paths.to(self.device), MASK), (share * (r == 1)).sum()
-            occupancy, more = self.occupancy(x.cpu(), torch.full((len(x),), 1 / len(x))), {"reward": r.mean().item()}
-        q, p = paths / paths.sum(), self.base_paths / self.base_paths.sum()  # r is constant there: rho_a given r = 1 is rho_0's
-        found = lambda law: (1 - (1 - law) ** DRAWS).sum().item()
-        return {"a": a, "kl": kl, "kl_se": kl_se, "kl_ess": ess, "success": paths.sum().item(), "target_success": goal.item(),
-                "modes": torch.special.entr(q).sum().exp().item(), "target_modes": torch.special.entr(p).sum().exp().item(),
-                "kl_modes": kl_of(p, q), "paths": q.tolist(), "target_paths": p.tolist(), "occupancy": occupancy,
-                "found": found(paths), "target_found": found(p * goal)} | more
+    def __call__(self, xt: Tensor, mask: Tensor) -> Tensor:
+        state = F.one_hot(xt.to(self.device), V + 1).flatten(1)  # (B, L (V + 1))
+        c = 1 + self.net(state.float())  # (B, L)
+        return c[mask.to(self.device)]
 
-class Jury(Judge):
-    """The mean of judges, each of one maze that the model reads: `held` out of training ("train_": of the training mazes)."""
-    def __init__(self, maze: Mazes, held: Mazes, base: nn.Module, device: str, seed: int):
-        self.maze, self.base, self.device, self.exact, self.judges = maze, base, device, False, []
-        for key, mazes, count in (("", held, len(held.mazes)), ("train_", maze, len(held.mazes) // 2)):
-            for start, one in zip(mazes.start[:count], mazes.mazes):
-                reads = partial(ask, maze=mazes, start=start[None])
-                self.judges.append((key, reads, Judge(one, reads(base), device, seed)))
+    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
+        y, q = dtm.state_c_target(logits_a, logits_a, x1, w)  # at theta = teacher
+        take_step(self.optimiser, dtm.row_mean(q * (c - y) ** 2, mask), lr=2e-3)
 
-    def __call__(self, net: nn.Module, a: float, table: None = None) -> dict:
-        seen = {}
-        for key, reads, judge in self.judges:
-            for name, x in judge(reads(net), a).items():
-                if not isinstance(x, list):
-                    seen.setdefault(key + name, []).append(x)
-        return {name: sum(x) / len(x) for name, x in seen.items()} | {"each": {name: seen[name] for name in ("kl", "success", "found")}}
 
-def make_judge(cfg: Config, net: nn.Module, device: str, seed: int) -> Judge:
-    maze = make_maze(cfg, device)
-    if not cfg.mazes:
-        return Judge(maze, net, device, seed, cfg.a_end)
-    return Jury(maze, Mazes(draw_mazes(cfg.grid, TOWARDS[cfg.walker], cfg.mazes + HELD)[cfg.mazes:], device), net, device, seed)
+def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
+    if arm.control == "learned c":
+        return LearnedC(L, device)
+    return ScalarC(1.0) if arm.control == "best scalar c" else FixedC(arm.c)
 
-# ---- 4. Tilting ----------------------------------------------------------------------------------
-def equal_ess(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
-    """Steps h that reach a_end in `phases` phases of one effective sample size, by bisection on that size. Only the
-    law of the reward matters, so it runs on the reward's values."""
-    values, which = r.double().unique(return_inverse=True)
-    p = torch.zeros_like(values).index_add(0, which, rho_0)
-    low, high, steps = 1e-6, 1.0, [a_end / phases] * phases  # equal steps where no size above 1e-6 will do
+
+# ---- 4. Schedules: choose_h(a, r) at tilt a, from the rewards r of the phase's rollouts ----------
+class PlannedSteps:
+    """Steps that were known before the run."""
+
+    def __init__(self, steps: list[float]):
+        self.steps = iter(steps)
+
+    def __call__(self, a: float, r: Tensor) -> float:
+        return next(self.steps)
+
+
+class StepsByRollouts:
+    """h keeps an effective sample size of the phase's own rollouts, which any run can know."""
+
+    def __init__(self, a_end: float, phases: int):
+        self.a_end = a_end
+        self.phases = phases
+        self.begun = 0  # phases
+
+    def __call__(self, a: float, r: Tensor) -> float:
+        self.begun += 1
+        if self.begun == self.phases:  # the last phase takes what is left
+            return self.a_end - a
+        return max(dtm.next_h(r, ROLLOUT_ESS, self.a_end - a), 0.1 * self.a_end / self.phases)
+
+
+def make_schedule(arm: Arm, cfg: Config, judge: "Judge") -> PlannedSteps | StepsByRollouts:
+    phases = arm.phases or cfg.phases
+    if arm.schedule == "rollouts":
+        return StepsByRollouts(cfg.a_end, phases)
+    if arm.schedule == "equal h":
+        return PlannedSteps([cfg.a_end / phases] * phases)
+    return PlannedSteps(equal_ess_steps(judge.rho_0, judge.r, cfg.a_end, phases))
+
+
+def equal_ess_steps(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
+    """The reference schedule, from the exact law that no real run knows: `phases` steps to a_end of
+    one effective sample size, by bisection on that size. rho_0, r (V**L,)."""
+    values, p_0 = reward_law(rho_0, r)  # a tilt sees no more of a law than this
+    low, high = 1e-6, 1.0
+    steps = [a_end / phases] * phases  # equal ones, where no size above 1e-6 will do
     for _ in range(25):
-        mid = (low + high) / 2
-        rule = lambda a: dtm.next_h(values, mid, a_end - a, p=dtm.exact_tilt(p, values, a))
-        trial = [h for _, (_, h) in zip(range(phases + 1), dtm.phases(a_end, rule))]
-        low, high, steps = (mid, high, trial) if len(trial) <= phases else (low, mid, steps)
+        size = (low + high) / 2  # of the sample, effective
+        trial, a = [], 0.0
+        while a < a_end * (1 - 1e-9) and len(trial) <= phases:
+            trial.append(dtm.next_h(values, size, a_end - a, p=dtm.exact_tilt(p_0, values, a)))
+            a += trial[-1]
+        if len(trial) <= phases:  # steps of this size are large enough
+            low = size
+            steps = trial
+        else:
+            high = size
     return steps
 
-def tilt(judge: Judge, arm: Arm, cfg: Config, seed: int, tick, net: MazeNet | None = None):
-    """DTM from rho_0 to rho_A, the six lines of dtm.py; `net`, if given, starts as rho_0. Yields the metrics after each phase."""
-    maze, device, count, meter = judge.maze, judge.device, arm.phases or cfg.phases, Meter()
-    net, g = meter.watch(net or load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
-    torch.manual_seed(seed)
-    baseline, star = StateBaseline(maze.L, maze.prompted).to(device), 1.0
-    # Adam's state lives on over the phases; the release clears it, which here costs steps at each start.
-    optimiser, baseline_optimiser, steps, lr = adam(net), adam(baseline), cfg.steps // count, arm.lr or cfg.lr
-    teacher, done, seconds, clock = meter.watch(judge.freeze(net, cfg)), 0, 0.0, time.time()
-    x1 = r = begin = None
-    schedule = arm.schedule if judge.exact or arm.schedule != "ess" else "buffer"
-    planned = iter(equal_ess(judge.rho_0, judge.r, cfg.a_end, count)) if schedule == "ess" else None
-    def next_step(a: float) -> float:
-        """Draws the rollouts of the coming phase, then says its h, for which "buffer" looks at their rewards."""
-        nonlocal x1, r, begin, clock
-        clock, begin = time.time(), maze.begin(cfg.rollouts // count, g, arm.each)
-        x1 = list(dtm.sample(ask(teacher, maze, begin), blank(maze, len(begin), device), MASK, order=arm.order, generator=g))[-1]
-        r = maze.reward(x1, begin)
-        if schedule == "buffer":  # the last phase takes what is left
-            return cfg.a_end - a if done == count - 1 else max(dtm.next_h(r, BUFFER_ESS, cfg.a_end - a), 0.1 * cfg.a_end / count)
-        return next(planned) if schedule == "ess" else cfg.a_end / count
-    for a, h in dtm.phases(cfg.a_end, next_step):
-        w = dtm.tilt_weight(r, h, bool(arm.normalize), begin if arm.normalize == "prompt" else None)
-        for step in range(steps):
-            i = torch.randint(len(x1), (cfg.batch,), generator=g, device=device)
-            xt, mask = dtm.mask_random(x1[i], MASK, g)
-            student, frozen, control = (ask(model, maze, begin[i]) for model in (net, teacher, baseline))
-            logits, logits_a, target = student(xt, mask), frozen(xt, mask), x1[i][mask]
-            w_i, r_i, share = (t[:, None].expand(mask.shape)[mask] for t in (w[i], r[i], 1 / mask.sum(1)))
-            c = control(xt)[mask] if arm.c == "state" else star if arm.c == "star" else arm.c
-            form = {"implicit": dtm.c_dtm_loss, "self": dtm.self_consistent_loss, "explicit": dtm.etm_loss}[arm.loss]
-            loss = form(logits, logits_a, target, *((r_i, h) if arm.loss == "explicit" else (w_i, c)))
-            take_step(optimiser, dtm.row_mean(loss, mask), lr * (1 - step / steps))
-            if arm.c == "star":
-                star = 0.9 * star + 0.1 * dtm.best_c(logits, logits_a, target, w_i, share).item()
-            if arm.c == "state":
-                y, q = dtm.state_c_target(logits_a, logits_a, target, w_i)
-                take_step(baseline_optimiser, dtm.row_mean(q * (c - y).square(), mask), 2e-3)
-            tick(cfg.batch)
-        old, teacher, done, seconds = teacher, meter.watch(judge.freeze(net, cfg)), done + 1, seconds + time.time() - clock
-        if not judge.exact and done % 8 and a + h < 0.999 * cfg.a_end:
-            continue  # a sampled measurement costs as much as a phase
-        record = judge(load(net.state_dict(), cfg, maze, device), a + h, teacher if judge.exact else None)  # a copy: the meter rests
-        record |= {"h": h, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
-        record["ess"] = (w.mean().square() / w.square().mean()).item()
-        if judge.exact and arm.bound:  # this phase alone: from the teacher's law, not from rho_a
-            sides = dtm.regret_bound(dtm.Table(teacher.logits.cpu()), judge.law(old), judge.r, h, V)
-            record["phase_kl"], record["phase_bound"] = (t.item() for t in sides)
-        if judge.exact and arm.loss == "implicit" and done % 4 == 1:  # a quarter of the phases is enough for its mean
-            w = dtm.tilt_weight(judge.r, h) / (dtm.tilt_weight(r, h).mean().cpu() if arm.normalize else 1.0)
-            c = {"state": lambda xt: baseline(xt.to(device)).cpu(), "star": star}.get(arm.c, arm.c)
-            record["grad_var"] = gradient_variance(dtm.Table(old.logits.cpu()), judge.law(old), w, c)
-        yield record
 
-# ---- 5. The rivals: the same base, sampler, rollouts and network evaluations ---------------------
-# Each maps a batch b to its loss: b.net, b.old (which drew the round's rollouts), b.base; paths b.x (B, L) with rewards b.r,
-# b.adv = b.r - mean; a is the target's tilt, so 1/a weighs the KL to the base. There is no prompt and no end token, and a path
-# is one block: what a method does to those falls away.
-def hidden_logs(model: nn.Module, x: Tensor, mask: Tensor) -> Tensor:
-    """log pi(x_i | x without mask), (B, L); 0 at the visible positions."""
-    return model(torch.where(mask, MASK, x)).log_softmax(-1).gather(-1, x[..., None])[..., 0] * mask
+def reward_law(rho: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """The values of the reward and their probabilities, float64."""
+    values, which = r.double().unique(return_inverse=True)
+    return values, torch.zeros_like(values).index_add(0, which, rho)
 
-def clipped(b, mask: Tensor, scale=1.0) -> Tensor:
-    """Clipped token ratios with the estimate e^d - d - 1 of the KL to the base, at the same mask; `scale` for both."""
-    now, old, base = (hidden_logs(model, b.x, mask) for model in (b.net, b.old, b.base))
-    ratio, adv, d = (now - old).exp(), b.adv[:, None], base - now
-    gain = torch.minimum(ratio * adv, ratio.clamp(0.5, 1.5) * adv) - (d.exp() - d - 1) / b.a
-    return -scale * dtm.row_mean(gain[mask], mask)
 
-def diffu_grpo(b) -> Tensor:
-    """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the model's first guesses only."""
-    return clipped(b, torch.ones_like(b.x, dtype=torch.bool))
+# ---- 5. The maze --------------------------------------------------------------------------------
+class Maze:
+    """One maze, from the top left to the bottom right, as tables over its n * n cells.
 
-def uni_grpo(b) -> Tensor:
-    """UniGRPO (MMaDA): a share of masks that grows over a round from a random start to all; normalised advantage."""
-    start = (b.u * b.x.shape[1]).floor()
-    share = (b.part * (b.x.shape[1] - start) + start).floor() / b.x.shape[1]
-    noise = torch.rand(b.x.shape, generator=b.g, device=b.x.device)
-    return clipped(b, (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True)), 1 / b.r.std().clamp_min(1e-4))
+    next      (n*n, 4)  where each move leads: a wall or the edge is a bump, and the walker stays
+    progress  (n*n,)    the reward of ending there, 1 - dist(cell, goal) / dist(start, goal)
+    paths     (K, L)    the shortest paths as moves, in lexical order: the modes
+    policy    (n*n, 4)  the walker that makes the training data: weight 2 for the moves of its
+                        drift, 1 for other free moves, 0.3 for a bump
+    """
 
-def wd1(b) -> Tensor:
-    """wd1 (xiaohangt/wd1): weights softmax(adv) - softmax(-adv) over the batch, state of diffu-GRPO; no target."""
-    hidden = hidden_logs(b.net, b.x, torch.ones_like(b.x, dtype=torch.bool))
-    return -((b.adv.softmax(0) - (-b.adv).softmax(0)) * hidden.sum(1)).sum()
+    def __init__(self, walls: list[list[int]], drift: tuple[int, int] = DRIFT["away"]):
+        self.walls = walls
+        self.n = n = len(walls)  # cell (i, j) has the number i * n + j
+        graph = maze_graph(walls)
+        start, goal = (0, 0), (n - 1, n - 1)
+        distance = nx.single_source_shortest_path_length(graph, goal)
+        self.L = distance[start]  # moves: just enough
 
-def spg(b) -> Tensor:
-    """SPG (facebookresearch/SPG): a lower bound for good paths, half of it an upper bound (beta = 1.5) for bad ones; two states
-    a path; no target."""
-    masks = torch.stack([dtm.mask_random(b.x, MASK, b.g)[1] for _ in range(2)])
-    logs, tau = torch.stack([hidden_logs(b.net, b.x, mask) for mask in masks]), masks.float().mean(-1, keepdim=True)
-    lower, seen = (logs.sum(-1) / masks.sum(-1)).mean(0), masks.any(0)
-    upper = torch.where(seen, (masks * (1.5 * logs).exp() / tau).mean(0), 1).log().sum(1) / 1.5 / seen.sum(1)
-    return -(b.adv * torch.where(b.adv > 0, lower, (upper + lower) / 2)).mean()
+        self.next = torch.arange(n * n)[:, None].repeat(1, 4)
+        self.progress = torch.zeros(n * n)  # walls are never visited
+        weight = torch.full((n * n, 4), 0.3)  # bumps, unless the move is free
+        for i, j in graph:
+            cell = i * n + j
+            self.progress[cell] = 1 - distance.get((i, j), self.L) / self.L
+            for move, (di, dj) in MOVES.items():
+                there = (i + di, j + dj)
+                if there in graph:  # neither wall nor edge
+                    self.next[cell, move] = there[0] * n + there[1]
+                    weight[cell, move] = 2.0 if move in drift else 1.0
+        self.policy = weight / weight.sum(1, keepdim=True)
 
-def elbo_reinforce(b) -> Tensor:
-    """REINFORCE with the bound (D6) for the log-likelihood, in the score and, at another state, in the KL to the base."""
-    masks = [dtm.mask_random(b.x, MASK, b.g)[1] for _ in range(2)]
-    bound = lambda model, mask: b.x.shape[1] * hidden_logs(model, b.x, mask).sum(1) / mask.sum(1)
-    with torch.no_grad():
-        gain = b.r - (bound(b.net, masks[0]) - bound(b.base, masks[0])) / b.a
-    return -((gain - gain.mean()) * bound(b.net, masks[1])).mean()
+        moves = {step: move for move, step in MOVES.items()}  # by (row, column) step
+        paths = []
+        for cells in nx.all_shortest_paths(graph, start, goal):
+            steps = itertools.pairwise(cells)
+            paths.append([moves[b[0] - a[0], b[1] - a[1]] for a, b in steps])
+        self.paths = torch.tensor(sorted(paths))
 
-def exact_reinforce(b) -> Tensor:
-    """REINFORCE with the exact log-likelihood; at its optimum, the tilt rho_a, the gain is the same for all paths."""
-    x, which, n = b.x.unique(dim=0, return_inverse=True, return_counts=True)
-    now = dtm.sequence_law(b.net, x, MASK).log()
-    old, base, r = dtm.sequence_law(b.old, x, MASK).log(), dtm.sequence_law(b.base, x, MASK).log(), b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
-    gain, p = r - (now.detach() - base) / b.a, n.cpu() / n.sum() * (now.detach() - old).exp().clamp(max=2)
-    return -(p * (gain - p @ gain / p.sum()) * now).sum()
+    def cells(self, x1: Tensor) -> Tensor:
+        """The cells (B, L + 1) on the paths x1 (B, L), start included."""
+        visited = [torch.zeros_like(x1[:, 0])]  # every path starts in cell 0
+        for move in x1.T:
+            visited.append(self.next[visited[-1], move])
+        return torch.stack(visited, 1)
 
-def dmpo(b) -> Tensor:
-    """DMPO (yuchen-zhu-zyc/DMPO): (D3) at c = 0 with weights (D10), all of a round's paths one group."""
-    mask = dtm.mask_bernoulli(b.x, MASK, b.g)[1]
-    return -len(b.x) * dtm.row_mean((b.weight[:, None] * hidden_logs(b.net, b.x, mask))[mask], mask)
+    def reward(self, x1: Tensor) -> Tensor:
+        """(B,), on the device of x1 (B, L)."""
+        return self.progress[self.cells(x1.cpu())[:, -1]].to(x1.device)
 
-RIVALS = {f.__name__: f for f in (diffu_grpo, uni_grpo, wd1, spg, elbo_reinforce, exact_reinforce, dmpo)}
+    def walks(self, n: int, generator: Generator) -> Tensor:
+        """n paths (n, L) of the noisy walker, the training data of the base model."""
+        cell = torch.zeros(n, dtype=torch.long)  # all walkers start there
+        moves = []
+        for _ in range(self.L):
+            moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
+            cell = self.next[cell, moves[-1]]
+        return torch.stack(moves, 1)
 
-def compete(judge: Judge, arm: Arm, cfg: Config, seed: int, tick):
-    """A rival, until it has spent what c-DTM spends. The target's tilt rises over the first half of the rounds. Yields the metrics
-    16 times."""
-    maze, device, rounds, meter = judge.maze, judge.device, arm.phases or cfg.phases, Meter()
-    net, g = meter.watch(load(judge.base.state_dict(), cfg, maze, device)), Generator(device).manual_seed(seed)
-    base, optimiser, seconds = meter.watch(judge.freeze(judge.base, cfg)), adam(net), 0.0
-    budget = cfg.rollouts * maze.L + cfg.steps * cfg.batch * 4  # c-DTM: a student's pass forward and back, a teacher's forward
-    for k in range(rounds):
-        clock, a = time.time(), cfg.a_end * min(1.0, (k + 1) / rounds / (arm.ramp or 1e-9))
-        old = meter.watch(load(net.state_dict(), cfg, maze, device).requires_grad_(False))
-        x = list(dtm.sample(old, blank(maze, cfg.rollouts // rounds, device), MASK, generator=g))[-1]
-        r, u, start, stop = maze.reward(x), torch.rand(len(x), generator=g, device=device), meter.spent, budget * (k + 1) / rounds
-        weight = dmpo_round(old, base, x, r, a, arm.c, g) if arm.loss == "dmpo" else r
-        while meter.spent < stop:
-            i = torch.randperm(len(x), generator=g, device=device)[:cfg.batch]
-            b = SimpleNamespace(net=net, old=old, base=base, x=x[i], r=r[i], adv=r[i] - r.mean(), u=u[i], weight=weight[i], a=a, g=g,
-                                part=(meter.spent - start) / (stop - start))
-            take_step(optimiser, RIVALS[arm.loss](b), (arm.lr or cfg.lr) * (1 - meter.spent / budget))
-        seconds += time.time() - clock
-        tick(cfg.steps * cfg.batch // rounds)
-        if (k + 1) % max(1, rounds // 16) == 0:
-            yield judge(load(net.state_dict(), cfg, maze, device), a) | {"h": 0.0, "grad_var": None, "evaluations": meter.spent, "seconds": seconds}
 
-def dmpo_round(old: nn.Module, base: nn.Module, x: Tensor, r: Tensor, a: float, baseline: str, g: Generator) -> Tensor:
-    """DMPO's weights (n,) of a round, from bounds (D6) at two antithetic pairs of masks, the same for both models."""
-    logs = [torch.zeros(len(x), device=x.device) for _ in range(2)]
-    for _, first in (dtm.mask_bernoulli(x, MASK, g) for _ in range(2)):
-        for mask in (first, ~first | first.all(1, keepdim=True)):  # a full mask is its own partner
-            for log, model in zip(logs, (old, base)):
-                log += x.shape[1] / 4 * hidden_logs(model, x, mask).sum(1) / mask.sum(1)
-    return dtm.dmpo_weights(r, *logs, 1 / a, baseline=baseline)
+def maze_graph(walls: list[list[int]]) -> nx.Graph:
+    graph = nx.grid_2d_graph(len(walls), len(walls))
+    graph.remove_nodes_from([(i, j) for i, j in list(graph) if walls[i][j]])
+    return graph
 
-# ---- 6. Running: bases first, then every (arm, seed), one to a core ------------------------------
-def start_worker(counter) -> None:
-    start_worker.counter = counter  # the training rows done, behind the progress bar
-    torch.set_num_threads(1)  # two workers of one thread beat one worker of two
 
-def count_up(rows: int) -> None:
-    with start_worker.counter.get_lock():
-        start_worker.counter.value += rows
+def make_maze(cfg: Config, seed: int = 0) -> Maze:
+    """The maze of a seed: with --mazes the seed-th random one, else the default one for all."""
+    if cfg.mazes:
+        return Maze(random_walls(cfg.grid, seed), DRIFT[cfg.walker])
+    if cfg.grid == 4:
+        return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]], DRIFT[cfg.walker])
+    walls = [[0] * cfg.grid for _ in range(cfg.grid)]
+    for i, j in itertools.product(range(1, cfg.grid - 1, 2), repeat=2):
+        walls[i][j] = 1  # pillars with streets between them
+    return Maze(walls, DRIFT[cfg.walker])
 
-def base_task(cfg: Config, seed: int, device: str, tick=count_up) -> dict:
-    maze = make_maze(cfg, device)
-    judge = make_judge(cfg, net := train_base(maze, cfg, seed, device, tick), device, seed)
-    info = {"seed": seed, "exact": judge.exact, "weights": {k: t.cpu() for k, t in net.state_dict().items()}} | judge(net, 0.0)
-    if judge.exact:
-        walk, target = maze.walk_law(judge.x), dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
-        tilts = [dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
-        info |= {"kl_walker": kl_of(walk, judge.rho_0), "target_occupancy": judge.occupancy(judge.x, target),
-                 "need": (target.square() / judge.rho_0).sum().item() / 2 / cfg.rollouts,
-                 "frontier": [(kl_of(p, judge.rho_0), (p @ judge.r.double()).item()) for p in tilts]}
-    return info
 
-def arm_task(cfg: Config, seed: int, device: str, weights: dict, arm: Arm, tick=count_up) -> dict:
-    judge = make_judge(cfg, load(weights, cfg, make_maze(cfg, device), device), device, seed)
-    trace = list((compete if arm.loss in RIVALS else tilt)(judge, arm, cfg, seed, tick))
-    known = [p["grad_var"] for p in trace if p["grad_var"] is not None]
-    end = trace[-1] | {"grad_var": sum(known) / len(known) if known else None}
-    flat = [{k: v for k, v in p.items() if not isinstance(v, (list, dict))} for p in trace]
-    return {"arm": arm.name, "seed": seed} | end | {"trace": flat}
+def random_walls(n: int, k: int) -> list[list[int]]:
+    """The k-th of an endless list of n x n mazes, always the same: n/2 to 3n/2 walls, a shortest
+    path of 2n - 2 moves from corner to corner, and 2 to 8 of them."""
+    draw = random.Random(0)
+    cells = list(itertools.product(range(n), repeat=2))[1:-1]  # without start and goal
+    found = []
+    while len(found) <= k:
+        walls = [[0] * n for _ in range(n)]
+        for i, j in draw.sample(cells, draw.randint(n // 2, 3 * n // 2)):
+            walls[i][j] = 1
+        graph = maze_graph(walls)
+        if walls not in found and nx.has_path(graph, (0, 0), (n - 1, n - 1)):
+            routes = list(nx.all_shortest_paths(graph, (0, 0), (n - 1, n - 1)))
+            if len(routes[0]) == 2 * n - 1 and 2 <= len(routes) <= 8:
+                found.append(walls)
+    return found[k]
 
-def run(tasks: list, jobs: int, bar: tqdm):
-    """Yields the results of task() as they end: in this process, or in `jobs` processes of one thread each."""
-    if jobs == 1:
-        yield from (task(tick=bar.update) for task in tasks)
-        return
-    context = multiprocessing.get_context("spawn")
-    counter, seen = context.Value("q", 0), bar.n
-    with ProcessPoolExecutor(min(jobs, len(tasks)), context, start_worker, (counter,)) as pool:
-        waiting = {pool.submit(task) for task in tasks}
-        while waiting:
-            ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            bar.update(seen + counter.value - bar.n)
-            yield from (future.result() for future in ended)
 
-def experiment(cfg: Config, ablate: str | None, arms: list[Arm], seeds: list[int], device: str, jobs: int) -> dict:
-    """Every arm on every seed's own base; prints a line as soon as it is known and returns all there is to draw."""
-    start, bases, rows, maze = time.time(), [], [], make_maze(cfg)
-    work = len(seeds) * (cfg.base_steps * cfg.base_batch + len(arms) * cfg.steps * cfg.batch)
-    with tqdm(total=work, unit="row", unit_scale=True, smoothing=0.05) as bar:
-        for b in run([partial(base_task, cfg, s, device) for s in seeds], jobs, bar):
-            bases.append(b)
-            bar.write(f"seed {b['seed']}: base success {b['success']:.5f}" + (
-                f"; sum rho_A^2 / rho_0 over twice the rollouts: {b['need']:.3f}, {'annealing is needed' if b['need'] > 0.01 else 'one jump may do'} "
-                "(line: .01)" if b["exact"] else ""))
-        for row in run([partial(arm_task, cfg, b["seed"], device, b["weights"], arm) for arm in arms[::-1] for b in bases], jobs, bar):
-            rows.append(row)
-            error = "" if row["kl_se"] == 0 else f" +- {row['kl_se']:.3f} (trust it if its sample is large: ESS {row['kl_ess']:.0%})"
-            bar.write(f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}{error}, success {row['success']:.3f} of "
-                      f"{row['target_success']:.3f}, effective optimal paths {row['modes']:.2f} of {row['target_modes']:.2f}, {row['seconds']:.0f} s")
-    names, cpuinfo = [arm.name for arm in arms], Path("/proc/cpuinfo")
-    cpu = [line.split(": ")[1] for line in (cpuinfo.read_text().splitlines() if cpuinfo.exists() else []) if "model name" in line]
-    bases.sort(key=lambda b: b["seed"])
-    judge = Judge(maze, load(bases[0]["weights"], cfg, maze, "cpu"), "cpu", 0) if bases[0]["exact"] else None
+# ---- 6. The net and its base training -----------------------------------------------------------
+class MazeNet(nn.Module):
+    """A bidirectional transformer over partly masked paths; the model protocol of dtm.py."""
+
+    def __init__(self, L: int, cfg: Config):
+        super().__init__()
+        self.embed = nn.Embedding(L * (V + 1), cfg.width)  # one vector per (position, token)
+        layer = nn.TransformerEncoderLayer(
+            cfg.width, 2, 4 * cfg.width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        norm = nn.LayerNorm(cfg.width)
+        self.body = nn.TransformerEncoder(layer, cfg.layers, norm, enable_nested_tensor=False)
+        self.head = nn.Linear(cfg.width, V)
+
+    def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
+        place = torch.arange(xt.shape[1], device=xt.device)  # (L,)
+        x = self.body(self.embed(xt + (V + 1) * place))  # (B, L, width)
+        return self.head(x if where is None else x[where])  # (B, L, V) or (M, V)
+
+
+def train_base(maze: Maze, cfg: Config, seed: int, device: str) -> MazeNet:
+    """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
+    torch.manual_seed(seed)  # initial weights are all that torch draws without a named generator
+    net = MazeNet(maze.L, cfg).to(device)
+    walker = Generator().manual_seed(seed)
+    masker = Generator(device).manual_seed(seed)
+    optimiser = adam(net)
+    for step in range(cfg.base_steps):
+        x1 = maze.walks(cfg.base_batch, walker).to(device)  # (B, L)
+        xt, mask = dtm.mask_random(x1, MASK, masker)
+        loss = F.cross_entropy(net(xt, mask), x1[mask], reduction="none")  # (M,)
+        lr = cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps)  # with warm-up
+        take_step(optimiser, dtm.row_mean(loss, mask), lr)
+    return net
+
+
+@torch.no_grad()
+def tabulate(net: nn.Module, L: int) -> dtm.Table:
+    """The net as a table over all 5^L states: one forward pass each, look-ups afterwards."""
+    states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
+    logits = torch.empty(len(states), L, V, device=states.device)
+    for piece, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
+        piece.copy_(net(xt))  # in place: pieces that were kept would tear memory into shreds
+    return dtm.Table(logits).requires_grad_(False)
+
+
+# ---- 7. The judge: exact, on the CPU, in float64 ------------------------------------------------
+class Judge:
+    """Measures models against the tilts of one base."""
+
+    def __init__(self, maze: Maze, base: dtm.Table):
+        self.x = dtm.all_sequences(V, maze.L)  # (V**L, L)  every path
+        self.r = maze.reward(self.x)  # (V**L,)
+        self.rho_0 = law(base)  # (V**L,)
+        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)  # (K,)  rows
+
+    def measure(self, table: dtm.Table, a: float) -> dict:
+        """The metrics of the file's head, against rho_a."""
+        rho, target = law(table), dtm.exact_tilt(self.rho_0, self.r, a)  # (V**L,) each
+        paths, target_paths = rho[self.optimal], target[self.optimal]  # (K,) each
+        given, target_given = paths / paths.sum(), target_paths / target_paths.sum()
+        return {
+            "a": a,
+            "kl": kl(target, rho),
+            "success": paths.sum().item(),
+            "target_success": target_paths.sum().item(),
+            "modes": torch.special.entr(given).sum().exp().item(),
+            "target_modes": torch.special.entr(target_given).sum().exp().item(),
+            "kl_modes": kl(target_given, given),
+            "paths": given.tolist(),
+            "target_paths": target_given.tolist(),
+        }
+
+
+def law(table: dtm.Table) -> Tensor:
+    """rho_theta (V**L,) of a table, on the CPU."""
+    return dtm.exact_marginal(dtm.Table(table.logits.cpu()), V, table.logits.shape[1]).detach()
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    return torch.xlogy(p, p / q).sum().item()
+
+
+# ---- 8. Running: bases first, then every arm on every base, a process a core ---------------------
+def run_base(cfg: Config, seed: int, device: str) -> dict:
+    """A seed's base: its weights and what is known of it."""
+    maze = make_maze(cfg, seed)
+    net = train_base(maze, cfg, seed, device)
+    table = tabulate(net, maze.L)
+    judge = Judge(maze, table)
+    target = dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
+    values, p = reward_law(judge.rho_0, judge.r)
     return {
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]), "ablate": ablate, "exact": bases[0]["exact"],
-        "seeds": seeds, "seconds": time.time() - start, "config": asdict(cfg), "arms": [asdict(arm) for arm in arms],
-        "machine": {"cpu": (cpu or [platform.machine()])[0], "cores": os.cpu_count(), "processes": jobs, "device": device},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "networkx": nx.__version__},
-        "walls": getattr(maze, "walls", None), "extra": exact_teachers(judge, cfg, ablate) if judge else [],
-        "bases": [{k: v for k, v in b.items() if k != "weights"} for b in bases],
+        "seed": seed,
+        "walls": maze.walls,
+        "net": net.cpu(),
+        "reward_law": {"values": values.tolist(), "p": p.tolist()},  # the frontier follows
+        "jump_ratio": (target.square() / judge.rho_0).sum().item() / (2 * cfg.rollouts),
+        **judge.measure(table, a=0.0),
+    }
+
+
+def run_arm(cfg: Config, arm: Arm, base: dict, device: str) -> dict:
+    """A row of the result: the metrics at the end, and along the way as `trace`."""
+    maze = make_maze(cfg, base["seed"])
+    net = base["net"].to(device)
+    judge = Judge(maze, tabulate(net, maze.L))
+    schedule = make_schedule(arm, cfg, judge)
+    trace = list(follow(tilt(net, maze, arm, cfg, schedule, base["seed"]), judge))
+    return make_row(arm.name, base["seed"], trace)
+
+
+def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[dict]:
+    """Measures a run from outside, phase by phase."""
+    seconds = 0.0
+    clock = time.perf_counter()
+    for phase in phases:  # the loop trains while next() waits
+        seconds += time.perf_counter() - clock
+        record = judge.measure(phase.next_teacher, phase.a + phase.h)
+        ess = (phase.w.mean().square() / phase.w.square().mean()).item()  # (D9)
+        yield record | {"h": phase.h, "ess": ess, "seconds": seconds}
+        clock = time.perf_counter()
+
+
+def make_row(name: str, seed: int, trace: list[dict]) -> dict:
+    along = [dict(record) for record in trace]
+    for record in along:
+        del record["paths"], record["target_paths"]  # known at the end; a trace is for plots
+    return {"arm": name, "seed": seed, **trace[-1], "trace": along}
+
+
+def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = run_arm) -> dict:
+    """Runs every arm on every seed's base, prints each row as it comes, returns all there is to
+    draw. run(cfg, arm, base, device) makes a row; args: the parsed command line."""
+    start = time.time()
+    names = [arm.name for arm in arms]
+    bases, rows = [], []
+    # Workers of one thread each: two threads of one worker would wait for each other.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))
+    with pool, tqdm(total=len(seeds) * (1 + len(arms)), unit="run", smoothing=0) as bar:
+        for future in as_completed([pool.submit(run_base, cfg, s, args.device) for s in seeds]):
+            bases.append(future.result())
+            bar.write(describe_base(bases[-1]))
+            bar.update()
+        tasks = itertools.product(arms[::-1], bases)  # the slowest arms first
+        futures = [pool.submit(run, cfg, arm, base, args.device) for arm, base in tasks]
+        for future in as_completed(futures):
+            rows.append(future.result())
+            bar.write(describe_row(rows[-1]))
+            bar.update()
+    nets = {base["seed"]: base.pop("net") for base in bases}  # for scripts; not JSON
+    return {
+        "command": args.command,
+        "seeds": seeds,
+        "seconds": time.time() - start,
+        "config": asdict(cfg),
+        "arms": [asdict(arm) for arm in arms],
+        "machine": {"cpu": cpu_name(), "jobs": args.jobs, "device": args.device},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "nets": nets,
+        "bases": sorted(bases, key=lambda base: base["seed"]),
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
 
-def exact_teachers(judge: Judge, cfg: Config, ablate: str) -> list[dict]:
-    """At three tilts of one base, with the exact posteriors of rho_a as the teacher. "cv": grad_var of each arm against
-    h, with the exact best c for a learned one. "sampler": KL(rho_a || law of each decoding order, a token a step)."""
-    out, orders = [], (("random", None), ("state", dtm.state_choice), ("confidence", dtm.confidence_choice))
-    for a in (0.0, 0.4 * cfg.a_end, 0.8 * cfg.a_end):
-        rho = dtm.exact_tilt(judge.rho_0, judge.r, a)
-        pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, judge.maze.L)).nan_to_num(1 / V)
-        teacher = dtm.Table(pi.clamp_min(1e-30).log()).requires_grad_(False)
-        for order, choose in orders if ablate == "sampler" else ():
-            law = dtm.exact_marginal(teacher, V, judge.maze.L, choose=choose)
-            out.append({"a": a, "name": order, "y": kl_of(rho, law), "success": law[judge.best].sum().item(),
-                        "sequences": torch.special.entr(law).sum().exp().item()})
-        for h in (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0) if ablate == "cv" else ():
-            w = dtm.tilt_weight(judge.r.double(), h)
-            zero, half, one, best = (gradient_variance(teacher, rho, w, c) for c in (0.0, 0.5, 1.0, "best"))
-            slope, bend = 4 * half - 3 * zero - one, 2 * zero - 4 * half + 2 * one  # a parabola in c, from three points
-            mean = (rho * w).sum().item()  # c = 1 on normalised weights is c = E w on raw ones
-            variances = (zero, half, one, zero + slope * mean + bend * mean**2, zero - slope**2 / (4 * bend), best)
-            out += [{"a": a, "x": h, "name": arm.name, "y": y} for arm, y in zip(ARMS["cv"], variances)]
-    return out
 
-# ---- 7. Reporting: tables and figures read the result (or its JSON) alone ------------------------
-COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target", "modes": "eff. paths", "target_modes": "their target",
-           "kl_modes": "KL of paths", "grad_var": "grad. variance"}
-COLOURS = ("#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999999", "#882255", "#BBAA00")  # colour-blind safe
+def describe_base(base: dict) -> str:
+    verdict = "annealing is needed" if base["jump_ratio"] > 0.01 else "one jump may do"
+    ratio = f"sum rho_A^2 / rho_0 over twice the rollouts {base['jump_ratio']:.3f} (line: .01)"
+    return f"seed {base['seed']}: base success {base['success']:.5f}; {ratio}, so {verdict}"
 
-def values(result: dict, arm: str, key: str) -> tuple[list, float, float]:
-    """An arm's values over the seeds, their mean and its standard error (NaN for one seed or no values)."""
-    x = [row[key] for row in rows_of(result, arm)]
-    t = torch.tensor([math.nan if v is None else v for v in x], dtype=torch.float64)
-    return x, t.mean().item(), t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
 
-def table(result: dict) -> str:
-    sampled, held = result["config"]["grid"] > 4, f", mean of {HELD} held-out mazes" * (result["ablate"] == "mazes")
-    how = ("KL and target success from 512 samples a seed, the rest exact" if sampled else "all exact") + held
-    lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; {how}.", " " * 16 + "".join(f"{t:>17}" for t in COLUMNS.values())]
-    show = lambda m, se: "-" if m != m else f"{m:.0f}" if m > 99 else f"{m:.3f}" + (f" +- {se:.3f}" if se == se else "")
-    for arm in (arm["name"] for arm in result["arms"]):
-        lines.append(f"{arm:>16}" + "".join(f"{show(*values(result, arm, key)[1:]):>17}" for key in COLUMNS))
+def describe_row(row: dict) -> str:
+    success = f"success {row['success']:.3f} of {row['target_success']:.3f}"
+    modes = f"{row['modes']:.2f} of {row['target_modes']:.2f} paths, {row['seconds']:.0f} s"
+    return f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}, {success}, {modes}"
+
+
+def cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return found.group(1) if found else platform.machine()
+
+
+# ---- 9. Table and figures: from the result, or its JSON, alone ----------------------------------
+COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target"}
+COLUMNS |= {"modes": "eff. paths", "target_modes": "their target"}
+COLOURS = ["#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999999"]
+
+
+def by_arm(result: dict) -> dict[str, list[dict]]:
+    """The rows of each arm, one a seed."""
+    groups = {arm["name"]: [] for arm in result["arms"]}
+    for row in result["rows"]:
+        groups[row["arm"]].append(row)
+    return groups
+
+
+def mean_and_error(rows: list[dict], key: str) -> tuple[float, float]:
+    """The mean of a metric over the seeds and its standard error, NaN for a single seed."""
+    t = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    error = t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
+    return t.mean().item(), error
+
+
+def show(rows: list[dict], key: str) -> str:
+    mean, error = mean_and_error(rows, key)
+    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
+
+
+def table(result: dict, columns: dict[str, str]) -> str:
+    lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; all exact."]
+    lines.append(" " * 16 + "".join(f"{title:>17}" for title in columns.values()))
+    for name, rows in by_arm(result).items():
+        cells = [show(rows, key) for key in columns]
+        lines.append(f"{name:>16}" + "".join(f"{cell:>17}" for cell in cells))
     return "\n".join(lines)
 
-def write(path: Path, save) -> None:
+
+def write(path: Path, save: Callable[[Path], None]) -> None:
     """save(a temporary path), then rename: nobody reads half a file."""
-    half = path.with_name(f".half-{path.name}")
+    half = path.with_name(f".half-{path.name}")  # in the same folder, so that renaming is atomic
     save(half)
     half.replace(path)
 
+
+def save_result(file: Path, result: dict) -> None:
+    text = json.dumps({key: value for key, value in result.items() if key != "nets"})
+    write(file, lambda half: half.write_text(text))
+
+
 def pyplot():
     import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 130, "legend.frameon": False})
+
+    spines = {"axes.spines.top": False, "axes.spines.right": False}
+    plt.rcParams.update({"font.size": 10, "savefig.dpi": 200, "legend.frameon": False, **spines})
     return plt
 
-def draw(result: dict, stem: Path) -> list[Path]:
-    """All figures of a result; returns their paths."""
-    plt, out = pyplot(), []
-    panels = partial(plt.subplots, layout="constrained")
-    kinds = {None: (draw_arms, draw_occupancy, draw_paths), "method": (draw_methods,), "mazes": (draw_held,), "anneal": (draw_arms, draw_bound)}
-    for kind in (*kinds.get(result["ablate"], (draw_arms,)), *[draw_exact] * bool(result["extra"])):
-        suffix, figure = kind(result, panels)
-        out.append(stem.with_name(stem.name + suffix + ".png"))
-        write(out[-1], lambda path: figure.savefig(path, format="png"))
-        plt.close(figure)
-    return out
 
-looks = lambda result: {arm["name"]: look for arm, look in zip(result["arms"], zip(COLOURS, "os^vDP*X<>"))}  # name -> colour, marker
-rows_of = lambda result, arm: [row for row in result["rows"] if row["arm"] == arm]
+def save_figure(figure, path: Path) -> Path:
+    write(path, lambda half: figure.savefig(half, format="png"))
+    pyplot().close(figure)
+    return path
 
-def bars(axis, result: dict, key: str, shift: float = 0.0, width: float = 0.6, **look) -> None:
-    """Means with standard errors, and each seed."""
-    for i, (arm, (colour, _)) in enumerate(looks(result).items()):
-        each, mean, se = values(result, arm, key)
-        axis.bar(i + shift, mean, width, yerr=se if se == se else 0, capsize=3, color=colour, alpha=0.4, **look if i == 0 else look | {"label": None})
-        axis.plot([i + shift] * len(each), each, "o", ms=4, color=colour)
-        axis.text(i + shift + 0.08, mean, f"{mean:.2g}", va="bottom")
-    axis.set_xticks(range(len(result["arms"])), looks(result), rotation=20)
 
-def draw_arms(result: dict, panels):
-    """The final KL, and success and KL along the tilt."""
-    figure, axes = panels(1, 3, figsize=(12, 3.6))
-    bars(axes[0], result, "kl")
-    for arm, (colour, _) in looks(result).items():
-        for k, (row, base) in enumerate(zip(rows_of(result, arm), result["bases"])):
-            trace = [base, *row["trace"]]
-            for axis, key in zip(axes[1:], ("success", "kl")):
-                axis.plot([p["a"] for p in trace], [p[key] for p in trace], "o-"[len(trace) > 2 :], ms=4, lw=1, color=colour, label=arm if k == 0 else None)
-    goal = target_trace(result)
-    axes[1].plot([p["a"] for p in goal], [p["target_success"] for p in goal], "k--", label="target rho_a")
-    axes[0].set(ylabel="KL(rho_A || rho_theta), nats", title=f"final KL: mean, s.e., each of {len(result['bases'])} seeds")
-    axes[1].set(xlabel="tilt a", ylabel="rho_theta(r = 1)", ylim=(0, 1), title="success along the tilt, each seed")
-    axes[2].set(xlabel="tilt a", ylabel="KL(rho_a || rho_theta), nats", ylim=(0, None), title="distance to the tilt along the way")
-    axes[1].legend()
-    return "_anneal" if result["ablate"] is None else "", figure
-
-def target_trace(result: dict) -> list[dict]:
-    """The first base and the longest trace on it: where the target's success is known."""
-    first = result["bases"][0]
-    return [first, *max((row["trace"] for row in result["rows"] if row["seed"] == first["seed"]), key=len)]
-
-def draw_occupancy(result: dict, panels):
-    base = result["bases"][0]
-    target = {"occupancy": base.get("target_occupancy"), "success": target_trace(result)[-1]["target_success"]}
-    heats = {"base": base} | ({"exact target": target} if result["exact"] else {}) | {arm: rows_of(result, arm)[0] for arm in looks(result)}
-    figure, axes = panels(1, len(heats), figsize=(13, 2.6))
-    for axis, (name, data) in zip(axes, heats.items()):
-        image = show_maze(axis, torch.tensor(result["walls"]), data["occupancy"])
-        axis.set_title(f"{name}\nsuccess {data['success']:.2g}")
-    figure.colorbar(image, ax=axes, label="share of paths through")
-    return "_maze", figure
-
-def show_maze(axis, walls: Tensor, occupancy: list[float]):
-    heat = torch.tensor(occupancy).view_as(walls).where(walls == 0, math.nan)
-    axis.set(facecolor="#b04030", xticks=[], yticks=[])
-    for letter, cell in (("S", 0), ("G", len(walls) - 1)):
-        axis.text(cell, cell, letter, ha="center", va="center", weight="bold", bbox={"fc": "white", "ec": "none", "pad": 1.5})
-    return axis.imshow(heat.numpy(), vmin=0, vmax=1, cmap="cividis")
-
-def draw_paths(result: dict, panels):
-    figure, axes = panels(1, len(result["arms"]), figsize=(13, 2.8), sharey=True)
-    for axis, (arm, (colour, _)) in zip(axes, looks(result).items()):
-        shares, goals = (torch.tensor([row[key] for row in rows_of(result, arm)]).numpy() for key in ("paths", "target_paths"))
-        axis.bar(range(shares.shape[1]), shares.mean(0), color=colour, alpha=0.4)
-        axis.plot(shares.T, "o", ms=3, color=colour)
-        axis.plot(goals.mean(0), "k_", ms=18, mew=2, label="target")
-        axis.set(title=f"{arm}\n{values(result, arm, 'modes')[1]:.2f} effective of {values(result, arm, 'target_modes')[1]:.2f}",
-                 xlabel="optimal path", xticks=range(shares.shape[1]), ylim=(0, 0.8))
-    axes[0].set_ylabel("probability given success")
-    axes[0].legend()
-    return "_paths", figure
-
-def draw_exact(result: dict, panels):
-    tilts = sorted({p["a"] for p in result["extra"]})
-    figure, axes = panels(1, len(tilts), figsize=(12, 3.2), sharey=True)
-    for axis, (a, (arm, (colour, _))) in ((axis, (a, look)) for axis, a in zip(axes, tilts) for look in looks(result).items()):
-        points = [p for p in result["extra"] if p["a"] == a and p["name"] == arm]
-        axis.set(title=f"exact teacher at a = {a:g}", xlabel="tilt increment h" if len(points) > 1 else "decoding order")
-        if len(points) > 1:
-            axis.loglog([p["x"] for p in points], [p["y"] for p in points], "o-", ms=3, color=colour, label=arm)
-            axis.legend(fontsize=7)
-        else:
-            axis.bar_label(axis.bar(arm, points[0]["y"], color=colour, alpha=0.6), fmt="%.2f")
-    axes[0].set_ylabel("gradient variance over (E w)^2" if len(points) > 1 else "KL(rho_a || law of the order), nats")
-    return "_exact", figure
-
-def draw_methods(result: dict, panels):
-    """Distances at the end; the reward-KL plane with its frontier; KL against evaluations and seconds."""
-    figure, ((dots, plane), (cost, clock)) = panels(2, 2, figsize=(12, 9.5))
-    for k, base in enumerate(result["bases"]):
-        plane.plot(*zip(*base["frontier"]), "k-", lw=0.8, label="tilts of the base: nobody is above" if k == 0 else None)
-    for i, (arm, (colour, marker)) in enumerate(looks(result).items()):
-        rows = rows_of(result, arm)
-        for key, y, face in (("kl", i - 0.15, colour), ("waste", i + 0.15, "white")):
-            each, mean, _ = values(result, arm, key)
-            dots.plot(each, [y] * len(each), marker, ms=4, color=colour, mfc=face, alpha=0.6)
-            dots.plot([mean] * 2, [y - 0.15, y + 0.15], color=colour, lw=2.5)
-        plane.plot([row["kl_base"] for row in rows], [row["reward"] for row in rows], marker, ms=5, color=colour, label=arm)
-        plane.plot([p["kl_base"] for p in rows[0]["trace"]], [p["reward"] for p in rows[0]["trace"]], "-", lw=0.6, color=colour)
-        for axis, key, unit in ((cost, "evaluations", 1e6), (clock, "seconds", 1)):
-            x, y = (torch.tensor([[p[name] for p in row["trace"]] for row in rows]).double().mean(0) for name in (key, "kl_end"))
-            axis.semilogy((x / unit).tolist(), y.tolist(), marker + "-", ms=4, lw=1, color=colour, label=arm)
-    dots.set_yticks(range(len(result["arms"])), looks(result))
-    dots.set(xscale="log", xlabel="nats", title=f"full: KL(rho_A || rho_theta); hollow: distance to the frontier;\nline: mean of {len(result['bases'])} seeds")
-    dots.invert_yaxis()
-    dots.grid(axis="x", alpha=0.3)
-    plane.set(xlabel="KL(rho_theta || rho_0), nats", ylabel="expected reward", ylim=(0, 1.02), xlim=(0, 11), title="reward against KL to the base; thin: first seed's way")
-    plane.legend(fontsize=7, loc="lower right")
-    for axis, label in ((cost, "network evaluations, millions (backward = 2)"), (clock, "seconds of one process")):
-        axis.set(xlabel=label, ylabel="KL(rho_A || rho_theta), nats", xlim=(0, None), title="mean over seeds")
-    return "", figure
-
-def draw_bound(result: dict, panels):
-    """(D12) along a run, and what the number of phases does."""
-    figure, (way, ratio, final, size) = panels(1, 4, figsize=(15, 3.6))
-    mean = lambda rows, key: torch.tensor([[p[key] for p in row["trace"]] for row in rows]).double().mean(0).tolist()
-    for arm, (colour, marker) in looks(result).items():
-        rows = rows_of(result, arm)
-        count = sum(len(row["trace"]) for row in rows) / len(rows)
-        own = [sum(p["phase_kl"] for p in row["trace"]) for row in rows]
-        share = [sum(p["ess"] for p in row["trace"]) / len(row["trace"]) for row in rows]
-        final.errorbar(count, *values(result, arm, "kl")[1:], fmt=marker, color=colour, capsize=3, label=f"{arm}")
-        final.plot(count, sum(own) / len(own), marker, mfc="white", color=colour)
-        size.plot(count, sum(share) / len(share), marker, color=colour)
-        if arm in ("K = 8", "K = 16", "K = 32"):
-            tilts, (own, bound) = mean(rows, "a"), (mean(rows, key) for key in ("phase_kl", "phase_bound"))
-            ratio.plot(tilts, [b / k for k, b in zip(own, bound)], marker + "-", ms=4, color=colour, label=arm)
-            if arm == "K = 16":
-                for key, y, style in (("regret / Z of the phase, (D12)", bound, "--"), ("KL of the phase", own, ":"), ("KL to rho_a", mean(rows, "kl"), "-")):
-                    way.plot(tilts, y, style, color=colour, label=key)
-    way.set(title="K = 16", xlabel="tilt a", ylabel="nats", ylim=(0, 1.4 * way.get_ylim()[1]))
-    ratio.set(title="bound over KL, by phase", xlabel="tilt a", ylim=(0, None))
-    final.set(title="full: final KL; hollow: sum over the phases", xlabel="phases", ylabel="nats", yscale="log")
-    size.set(title="effective sample size of a phase", xlabel="phases", ylabel="share of the rollouts", ylim=(0, 1.02))
-    for axis in (final, size):
-        axis.set_xscale("log", base=2)
-    for axis in (way, ratio, final):
-        axis.legend(fontsize=7)
-    return "_bound", figure
-
-def draw_held(result: dict, panels):
-    """Training and held-out mazes, side by side."""
-    figure, axes = panels(1, 3, figsize=(13, 3.8))
-    titles = {"kl": "KL(rho_A || rho_theta), nats", "success": "success = share of shortest paths", "found": f"optimal paths among {DRAWS} draws"}
-    for axis, (key, title) in zip(axes, titles.items()):
-        bars(axis, result, f"train_{key}", -0.2, 0.36, hatch="//", label="training mazes")
-        bars(axis, result, key, 0.2, 0.36, label="held-out mazes")
-        if key != "kl":  # the arms' base is the same
-            axis.axhline(values(result, result["arms"][0]["name"], f"target_{key}")[1], color="k", ls="--", label="exact tilt of the base, held-out")
-        axis.set(title=title, ylim=(0, None))
-    axes[1].legend(fontsize=7, loc="center right")
-    return "", figure
-
-def animate(cfg: Config, seed: int, device: str, path: Path) -> None:
-    """--gif: mazes filling in, in random order: each canvas and where its finished path may yet lead, by the exact law."""
+def draw(result: dict, path: Path) -> Path:
+    """What every arm makes of the shortest paths: a bar a seed, a shade a path, the KL above."""
     plt = pyplot()
-    from matplotlib.animation import FuncAnimation, PillowWriter
-    maze, g, laws, canvases = make_maze(cfg), Generator(device).manual_seed(seed), {}, {}
-    with tqdm(total=cfg.base_steps * cfg.base_batch + 2 * cfg.steps * cfg.batch, unit="row", unit_scale=True) as bar:
-        base = train_base(maze, cfg, seed, device, bar.update)
-        judge = Judge(maze, base, device, seed)
-        for name, arm in (("base", None), ("one jump", ARMS[None][0]), ("annealed", ARMS[None][-1])):
-            net = load(base.state_dict(), cfg, maze, device)
-            list(tilt(judge, arm, cfg, seed, bar.update, net)) if arm else None
-            laws[name] = judge.law(tabulate(net, maze.L, device))
-            canvases[name] = list(dtm.sample(net, blank(maze, 6, device), MASK, generator=g))
-    figure, axes = plt.subplots(1, 3, figsize=(6.6, 2.9), layout="constrained")
-    def frame(k: int) -> None:
-        episode, step = divmod(k, maze.L + 3)
-        for axis, name in zip(axes, laws):
-            axis.clear()
-            xt = canvases[name][min(step, maze.L)][episode].cpu()
-            p = laws[name] * ((judge.x == xt) | (xt == MASK)).all(1)
-            show_maze(axis, torch.tensor(maze.walls), judge.occupancy(judge.x, p / p.sum()))
-            axis.set_title(f"{name}, success {laws[name][judge.best].sum():.2g}")
-            axis.set_xlabel(" ".join("↑→↓←?"[v] for v in xt), fontsize=14)
-    write(path, lambda half: FuncAnimation(figure, frame, 6 * (maze.L + 3)).save(half, PillowWriter(fps=3)))
+    figure, axis = plt.subplots(figsize=(8.8, 3.6), layout="constrained")
+    arms = by_arm(result)
+    target = []
+    for row in next(iter(arms.values())):
+        target.append({"success": row["target_success"], "paths": row["target_paths"]})
+    groups = {"base": result["bases"], **arms, "exact target": target}
+    most = max(len(base["paths"]) for base in result["bases"])
+    shades = plt.get_cmap("Blues_r")([0.05 + 0.8 * k / max(1, most - 1) for k in range(most)])
+    for place, (name, rows) in enumerate(groups.items()):
+        for k, row in enumerate(rows):
+            x = place + 0.8 * ((k + 0.5) / len(rows) - 0.5)  # side by side in the group
+            bottom = 0.0
+            for share, shade in zip(row["paths"], shades, strict=False):
+                axis.bar(x, row["success"] * share, 0.7 / len(rows), bottom, color=shade)
+                bottom += row["success"] * share
+        if name in arms:
+            axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
+    kept = {name: mean_and_error(rows, "modes")[0] for name, rows in arms.items()}
+    goal, _ = mean_and_error(result["rows"], "target_modes")  # paths that count, of the target
+    best, worst = max(kept, key=kept.get), min(kept, key=kept.get)
+    claim = f"'{worst}' keeps {kept[worst]:.1f}, '{best}' keeps {kept[best]:.1f}"
+    axis.set_title(f"Of {goal:.1f} shortest paths, a shade each, {claim} (a bar a seed)")
+    axis.set_xticks(range(len(groups)), groups)
+    axis.set(ylabel="probability of each shortest path", ylim=(0, 1.1))
+    return save_figure(figure, path)
 
-# ---- 8. The command line -------------------------------------------------------------------------
-def main() -> None:
-    parser = argparse.ArgumentParser(description="DTM on a maze, every number exact; the top of the file explains the metrics.")
-    questions = [name for name in ARMS if name not in (None, "mazes")]
-    parser.add_argument("--ablate", choices=questions, help="the arms of one question (default: the five main arms)")
-    parser.add_argument("--seeds", type=int, help="seeds, each with its own base model (default: one per process, 1 with --quick)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
-    parser.add_argument("--quick", action="store_true", help=f"under 45 s on 2 cores: {QUICK}")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
-    parser.add_argument("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on cuda and mps)")
-    parser.add_argument("--gif", action="store_true", help="draw OUT/maze.gif: base, one jump and annealed model of the first seed, filling in")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder for figures and JSON (default figures)")
-    parser.add_argument("--plot-only", action="store_true", help="redraw the figures of every JSON in --out")
+
+# ---- 10. The command line -----------------------------------------------------------------------
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The flags that the scripts in figures/ have too."""
+    parser = argparse.ArgumentParser(description=description)
+    add = parser.add_argument
+    add("--seeds", type=int, help="seeds, each with its own base (default: one a process)")
+    add("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
+    add("--quick", action="store_true", help=f"half a minute on 2 cores, a sketch: {QUICK}")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
+    add("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on a GPU)")
+    add("--out", type=Path, default=Path("figures"), help="folder of results (default figures)")
+    add("--plot-only", action="store_true", help="only draw the results in --out again")
     for f in fields(Config):
-        parser.add_argument(f"--{f.name.replace('_', '-')}", type=f.type, help=f"{f.metadata['help']} (default {f.default})",
-                            choices=TOWARDS if f.name == "walker" else None)
-    args = parser.parse_args()
-    if args.plot_only:
-        found = [(file, result) for file in sorted(args.out.glob("*.json")) if "arms" in (result := json.loads(file.read_text()))]
-        print(*(path for file, result in found for path in draw(result, file.with_suffix(""))), sep="\n")
-        return None if found else parser.error(f"no JSON in {args.out}: run the lab first, or point --out at its folder")
-    args.ablate = "mazes" if args.mazes and not args.ablate else args.ablate
-    given = {f.name: getattr(args, f.name) for f in fields(Config) if getattr(args, f.name) is not None}
-    preset = "large" if args.mazes and (args.grid or 0) > 4 else args.ablate
-    cfg = Config(**PRESETS.get(preset, {}) | (QUICK if args.quick else {}) | given)
-    auto = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = auto if args.device == "auto" else args.device
-    jobs = args.jobs if args.jobs is not None else min(8, os.cpu_count() or 1) if device == "cpu" else 1
-    seeds = args.seeds if args.seeds is not None else 1 if args.quick else jobs
-    numbers, arms = {"seeds": seeds, "jobs": jobs, **asdict(cfg)}, [replace(arm, lr=args.lr or arm.lr) for arm in ARMS[args.ablate]]
-    most, rounds = (max((arm.phases or cfg.phases for arm in arms if (arm.loss in RIVALS) == rival), default=1) for rival in (False, True))
-    wrong = [f"--{name.replace('_', '-')} must be positive and finite, not {x}" for name, x in numbers.items()
-             if name != "walker" and not (0 < x < math.inf or name == "mazes" and x == 0)]
-    wrong += ["--mazes N goes with its own arms, without --ablate"] * (bool(cfg.mazes) != (args.ablate == "mazes"))
-    wrong += [f"{rounds} rounds need at least {2 * rounds} --rollouts"] * (cfg.rollouts < 2 * rounds)
-    wrong += [f"{most} phases need at least {most} --steps and --rollouts"] * (min(cfg.steps, cfg.rollouts) < most)
-    wrong += [f"--width {cfg.width} must be even, for two attention heads"] * (cfg.width % 2)
-    wrong += [f"--grid {cfg.grid} must be at least 4, where mazes have several optimal paths"] * (cfg.grid < 4)
+        flag = f"--{f.name.replace('_', '-')}"
+        choices = {"walker": DRIFT, "grid": range(4, 8)}.get(f.name)
+        add(flag, type=f.type, choices=choices, help=f"{f.metadata['help']} (default {f.default})")
+    return parser
+
+
+def read_settings(parser: argparse.ArgumentParser, preset: dict) -> tuple:
+    """Config, seeds, and the parsed flags with device, jobs and command filled in; what cannot be
+    stops here, with one sentence."""
+    args = parser.parse_args()  # None where a flag was not given
+    given = {f.name: getattr(args, f.name) for f in fields(Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    cfg = Config(**preset | (QUICK if args.quick else {}) | given)
+    if args.device == "auto":
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        args.device = "cuda" if torch.cuda.is_available() else mps
+    if args.jobs is None:
+        args.jobs = min(8, os.cpu_count() or 1) if args.device == "cpu" else 1
+    if args.seeds is not None and cfg.mazes:
+        parser.error("--mazes N already says how many seeds; leave out --seeds")
+    usual = cfg.mazes or (1 if args.quick else args.jobs)
+    seeds = usual if args.seeds is None else args.seeds
+    for name, value in {**asdict(cfg), "jobs": args.jobs, "seeds": seeds}.items():
+        exempt = name == "walker" or (name == "mazes" and value == 0)
+        if not exempt and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive and finite, not {value}")
+    if cfg.width % 2:
+        parser.error(f"--width {cfg.width} must be even, for two attention heads")
+    L = 2 * cfg.grid - 2  # moves
+    need = args.jobs * (0.4 + BYTES_PER_STATE * L * (V + 1) ** L / 2**30)
+    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    if need > have:
+        parser.error(f"--grid {cfg.grid} takes {need:.0f} GiB, of {have:.0f} here; try --jobs 1")
     try:
-        parser.error(wrong[0]) if wrong else None
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=args.device)  # fails where there is no such device
         args.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError, OSError) as error:
-        parser.error(f"--device {device} or --out {args.out} cannot be used: {str(error).splitlines()[0]}")
-    print(f"device {device}, float32, laws in float64; {jobs} processes, {seeds} seeds, {cfg.phases} phases to A = {cfg.a_end:g}")
-    if args.gif:
-        return animate(cfg, args.first_seed, device, args.out / "maze.gif")
-    result = experiment(cfg, args.ablate, arms, list(range(args.first_seed, args.first_seed + seeds)), device, jobs)
-    print(f"\n{table(result)}\n{seeds} seeds in {result['seconds']:.0f} s")
-    parts = (args.quick and "quick", f"ablate_{args.ablate}" if args.ablate else "main", cfg.grid != 4 and f"grid{cfg.grid}")
-    stem = args.out / "_".join(part for part in (*parts, cfg.walker != "away" and cfg.walker) if part)
-    write(stem.with_suffix(".json"), lambda path: path.write_text(json.dumps(result)))
-    print("wrote", *[stem.with_suffix(".json"), *draw(result, stem)])
+        reason = str(error).splitlines()[0]
+        parser.error(f"--device {args.device} or --out {args.out} cannot be used: {reason}")
+    file = Path(sys.argv[0])
+    name = f"-m figures.{file.stem}" if file.parent.name == "figures" else file.name
+    args.script = f"python {name}"
+    args.command = " ".join([args.script, *sys.argv[1:]])
+    return cfg, list(range(args.first_seed, args.first_seed + seeds)), args
+
+
+def main() -> None:
+    parser = make_parser("DTM on a maze, every number exact; the file's head explains the metrics.")
+    parser.add_argument("--ablate", choices=ABLATIONS, help="the arms of one question")
+    cfg, seeds, args = read_settings(parser, preset={})
+    if args.plot_only:
+        redraw(parser, args, draw)
+        return
+    arms = ABLATIONS[args.ablate] if args.ablate else MAIN
+    most = max(arm.phases or cfg.phases for arm in arms)  # phases of any arm
+    if min(cfg.steps, cfg.rollouts) < most:
+        parser.error(f"{most} phases need at least {most} --steps and {most} --rollouts")
+    print(f"{args.device}, float32, laws in float64; {args.jobs} processes, {len(seeds)} seeds")
+    result = experiment(cfg, arms, seeds, args)
+    print(f"\n{table(result, COLUMNS)}\n{len(seeds)} seeds in {result['seconds']:.0f} s")
+    parts = {"quick": args.quick, f"ablate_{args.ablate}" if args.ablate else "main": True}
+    parts |= {f"grid{cfg.grid}": cfg.grid != 4, "mazes": cfg.mazes, "towards": cfg.walker != "away"}
+    file = args.out / ("_".join(part for part, on in parts.items() if on) + ".json")
+    save_result(file, result)
+    print("wrote", file, draw(result, file.with_suffix(".png")))
+
+
+def redraw(parser: argparse.ArgumentParser, args, draw: Callable) -> None:
+    """--plot-only: draws what the same script has written to --out."""
+    results = {file: json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))}
+    for file, result in results.items():
+        if "bases" in result and result["command"].startswith(args.script):
+            print("wrote", draw(result, file.with_suffix(".png")))
+    if not results:
+        parser.error(f"no JSON in {args.out}: run without --plot-only first, or change --out")
 
 
 if __name__ == "__main__":

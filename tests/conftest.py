@@ -1,4 +1,4 @@
-"""One thread: the tests' tensors are tiny, and threads that wait for each other cost more than they do."""
+"""One thread: the tests' tensors are tiny, and threads that wait for each other cost more."""
 
 import sys
 from pathlib import Path

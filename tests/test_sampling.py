@@ -1,46 +1,22 @@
-"""Interpolants and samplers have the laws they claim. Chi-square tests with a fixed generator; each rejects a
-correct implementation with probability 1e-4 (over the choice of the seed), and has power against the named wrongs."""
+"""Interpolants and samplers have the laws they claim. Chi-square tests with a fixed generator; each
+rejects a correct implementation with probability 1e-4 (over the choice of the seed), and has power
+against the named wrongs."""
 
 import math
+from collections import Counter
 from itertools import product
 
 import pytest
 import torch
+from helpers import L, V, counts_of, digits, draw, last, law_of, rejects, table
 from torch import Generator
 
 import dtm
 
-V, L = 3, 3
 
-
-def rejects(counts, expected) -> bool:
-    """Pearson's test at level 1e-4, by the Wilson-Hilferty normal approximation to chi-square."""
-    counts, expected = (torch.as_tensor(t).double().flatten() for t in (counts, expected))
-    assert expected.min() > 5, "cells too small for the approximation"
-    chi2, df = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
-    z = ((chi2 / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
-    return z > 3.719
-
-
-def digits(x, base):
-    return (x * base ** torch.arange(x.shape[1] - 1, -1, -1)).sum(1)
-
-
-def table(seed=0, scale=1.0):
-    return dtm.Table(scale * torch.randn((V + 1) ** L, L, V, generator=Generator().manual_seed(seed)))
-
-
-def draw(model, n, seed=0, **kwargs):
-    blank = torch.full((n, L), V)
-    return list(dtm.sample(model, blank, V, generator=Generator().manual_seed(seed), **kwargs))[-1]
-
-
-def law_of(model, choose=None):
-    return dtm.exact_marginal(model, V, L, choose=choose).detach()
-
-
-def counts_of(x):
-    return torch.bincount(digits(x, V), minlength=V**L)
+def constant_model(logits):
+    """The same logits (V,) at every position of every state."""
+    return lambda xt, where: logits.expand(int(where.sum()), -1)
 
 
 def test_the_chi_square_test_can_reject():
@@ -52,24 +28,9 @@ def test_the_chi_square_test_can_reject():
 def test_random_order_draws_from_the_exact_marginal():
     model, n = table(), 40_000
     assert not rejects(counts_of(draw(model, n)), n * law_of(model))
-    assert rejects(counts_of(draw(model, n, per_step=3)), n * law_of(model))  # several tokens a step is another law
-
-
-def test_confidence_and_state_orders_have_their_enumerated_laws():
-    model, n = table(1, 0.6), 40_000
-    for order, choose in (("confidence", dtm.confidence_choice), ("state", dtm.state_choice)):
-        law = law_of(model, choose)
-        assert law.sum().item() == pytest.approx(1)
-        assert not rejects(counts_of(draw(model, n, order=order)), n * law)
-        assert rejects(counts_of(draw(model, n, order="random")), n * law)
-
-
-def test_state_order_keeps_the_law_of_a_consistent_model_and_confidence_order_does_not():
-    rho = torch.randn(V**L, generator=Generator().manual_seed(2)).double().softmax(0)
-    model = dtm.Table(dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L)).log().clamp_min(-60))
-    torch.testing.assert_close(law_of(model), rho, atol=1e-12, rtol=0)
-    torch.testing.assert_close(law_of(model, dtm.state_choice), rho, atol=1e-12, rtol=0)
-    assert (law_of(model, dtm.confidence_choice) - rho).abs().sum() > 0.05
+    assert rejects(
+        counts_of(draw(model, n, per_step=3)), n * law_of(model)
+    )  # several tokens a step is another law
 
 
 def test_blocks_are_decoded_left_to_right():
@@ -87,43 +48,64 @@ def test_blocks_are_decoded_left_to_right():
 
 
 def test_temperature_and_gumbel_noise():
-    logits, n = torch.randn(200, generator=Generator().manual_seed(0)) * 2, 200_000
-    model = lambda xt, where: logits.expand(int(where.sum()), -1)
-    x = list(dtm.sample(model, torch.full((n, 1), 999), 999, temperature=0.7, generator=Generator().manual_seed(1)))[-1]
+    n = 200_000
+    logits = torch.randn(200, generator=Generator().manual_seed(0)) * 2
+    model = constant_model(logits)
+    noise = Generator().manual_seed(1)
+    x = last(dtm.sample(model, torch.full((n, 1), 999), 999, temperature=0.7, generator=noise))
     p = (logits.double() / 0.7).softmax(0)
-    keep = n * p > 6
+    often = n * p > 6
     counts = torch.bincount(x[:, 0], minlength=200)
-    assert not rejects(torch.cat([counts[keep], counts[~keep].sum()[None]]), torch.cat([n * p[keep], n * p[~keep].sum()[None]]))
-    cold = list(dtm.sample(model, torch.full((9, 1), 999), 999, temperature=0))[-1]
+    pooled = torch.cat([counts[often], counts[~often].sum()[None]])
+    assert not rejects(pooled, n * torch.cat([p[often], p[~often].sum()[None]]))
+    cold = last(dtm.sample(model, torch.full((9, 1), 999), 999, temperature=0))
     assert (cold == logits.argmax()).all()
 
 
-def test_every_canvas_and_the_schedule():
-    model = table(4)
+def test_every_state_is_yielded_and_what_is_known_stays():
     start = torch.tensor([[V, V, V], [V, 1, V], [0, 1, 2]])
-    canvases = list(dtm.sample(model, start, V, generator=Generator().manual_seed(0)))
-    assert torch.equal(canvases[0], start) and torch.equal(canvases[-1][2], start[2]) and canvases[-1][1, 1] == 1
-    masks = torch.stack([(c == V).sum(1) for c in canvases])
-    assert masks.tolist() == [[3, 2, 0], [2, 1, 0], [1, 0, 0], [0, 0, 0]]
-    wide = lambda xt, where: torch.zeros(int(where.sum()), 5)
-    schedules = ((3, [8, 5, 2, 0]), (5, [8, 6, 4, 2, 1, 0]), (20, list(range(8, -1, -1))))  # 8 in 3 steps: 3, 3, 2
-    for order, (steps, left) in product(("random", "state", "confidence"), schedules):
-        canvases = list(dtm.sample(wide, torch.full((2, 8), 9), 9, order=order, steps=steps, generator=Generator().manual_seed(0)))
-        assert [(c == 9).sum(1).tolist() for c in canvases] == [[k, k] for k in left]
+    states = list(dtm.sample(table(4), start, V, generator=Generator().manual_seed(0)))
+    assert torch.equal(states[0], start) and torch.equal(states[-1][2], start[2])
+    assert states[-1][1, 1] == 1
+    masks = [(xt == V).sum(1).tolist() for xt in states]
+    assert masks == [[3, 2, 0], [2, 1, 0], [1, 0, 0], [0, 0, 0]]
+
+
+@pytest.mark.parametrize("order", dtm.ORDERS)
+@pytest.mark.parametrize(
+    "steps, left",
+    [
+        pytest.param(3, [8, 5, 2, 0], id="8 masks in 3 steps: 3, 3, 2"),
+        pytest.param(5, [8, 6, 4, 2, 1, 0], id="in 5 steps"),
+        pytest.param(20, [8, 7, 6, 5, 4, 3, 2, 1, 0], id="in at most 20 steps"),
+    ],
+)
+def test_the_schedule_of_steps(order, steps, left):
+    noise = Generator().manual_seed(0)
+    model = constant_model(torch.zeros(5))
+    blank = torch.full((2, 8), 9)
+    states = dtm.sample(model, blank, 9, order=order, steps=steps, generator=noise)
+    assert [(xt == 9).sum(1).tolist() for xt in states] == [[k, k] for k in left]
 
 
 def test_the_mask_is_never_drawn_unless_asked_for():
-    loud = lambda xt, where: torch.tensor([0.0, 9.0, 0.0]).expand(int(where.sum()), -1)
+    loud = constant_model(torch.tensor([0.0, 9.0, 0.0]))
     blank = torch.full((50, 4), 1)
-    assert not (list(dtm.sample(loud, blank, 1, generator=Generator().manual_seed(0)))[-1] == 1).any()
-    assert (list(dtm.sample(loud, blank, 1, temperature=0, steps=4, ban_mask=False))[-1] == 1).all()
+    banned = last(dtm.sample(loud, blank, 1, generator=Generator().manual_seed(0)))
+    assert not (banned == 1).any()
+    free = last(dtm.sample(loud, blank, 1, temperature=0, steps=4, ban_mask=False))
+    assert (free == 1).all()
 
 
 def test_the_head_is_asked_for_the_committed_positions_only():
     asked = []
     model = table()
-    spy = lambda xt, where: asked.append(int(where.sum())) or model(xt, where)
-    list(dtm.sample(spy, torch.full((7, L), V), V, generator=Generator().manual_seed(0)))
+
+    def spy(xt, where):
+        asked.append(int(where.sum()))
+        return model(xt, where)
+
+    last(dtm.sample(spy, torch.full((7, L), V), V, generator=Generator().manual_seed(0)))
     assert asked == [7, 7, 7]
 
 
@@ -137,34 +119,24 @@ def test_mask_random_has_its_law():
     assert counts[0] == 0 and not rejects(counts[1:], expected[1:])
 
 
-def test_mask_bernoulli_has_its_law():
-    n = 60_000
-    xt, mask = dtm.mask_bernoulli(torch.arange(L).expand(n, L), V, Generator().manual_seed(0))
-    assert torch.equal(xt, torch.where(mask, V, torch.arange(L)))
-    p = 0.1 + 0.9 * (torch.arange(10_000) + 0.5).double() / 10_000  # an integral over the row's probability
-    k = dtm.all_sequences(2, L).sum(1)
-    expected = torch.stack([(p**i * (1 - p) ** (L - i)).mean() + (i == 1) * ((1 - p) ** L).mean() / L for i in k.tolist()])
-    counts = torch.bincount(digits(mask.long(), 2), minlength=2**L)
-    assert counts[0] == 0 and not rejects(counts[1:], n * expected[1:])
-
-
 def test_mask_blockwise_has_its_law():
     n, length, block = 60_000, 6, 2
     x1 = torch.arange(length).expand(n, length)
     xt, mask = dtm.mask_blockwise(x1, 99, block, Generator().manual_seed(0))
     expected = {}
-    for k in range(1, length + 1):  # from the definition
+    for k in range(1, length + 1):  # from the definition: k tokens are still to go
         full, m = (k - 1) // block, (k - 1) % block + 1
-        active = range(length - (full + 1) * block, length - full * block)
-        ways = [c for c in product((0, 1), repeat=block) if sum(c) == m]
+        begin = length - (full + 1) * block  # of the active block
+        ways = [way for way in product((0, 1), repeat=block) if sum(way) == m]
         for way in ways:
-            train = tuple(way[i - active[0]] if i in active else 0 for i in range(length))
-            hidden = tuple(train[i] or i >= active[-1] + 1 for i in range(length))
-            expected[train, tuple(map(int, hidden))] = n / length / len(ways)
-    pairs = list(zip(map(tuple, mask.long().tolist()), map(tuple, (xt == 99).long().tolist())))
-    counts = {pair: pairs.count(pair) for pair in set(pairs)}
+            train = (0,) * begin + way + (0,) * (full * block)
+            hidden = (0,) * begin + way + (1,) * (full * block)
+            expected[train, hidden] = n / length / len(ways)
+    counts = Counter()
+    for train, hidden in zip(mask.long().tolist(), (xt == 99).long().tolist(), strict=True):
+        counts[tuple(train), tuple(hidden)] += 1
     assert set(counts) == set(expected)
-    assert not rejects([counts[p] for p in expected], list(expected.values()))
+    assert not rejects([counts[pair] for pair in expected], list(expected.values()))
 
 
 def test_generators_make_runs_repeat():
@@ -172,39 +144,47 @@ def test_generators_make_runs_repeat():
     assert torch.equal(draw(model, 50, seed=5), draw(model, 50, seed=5))
     assert not torch.equal(draw(model, 50, seed=5), draw(model, 50, seed=6))
     x1 = torch.zeros(50, L, dtype=torch.long)
-    assert torch.equal(*(dtm.mask_random(x1, V, Generator().manual_seed(1))[0] for _ in range(2)))
+    once, again = [dtm.mask_random(x1, V, Generator().manual_seed(1))[0] for _ in range(2)]
+    assert torch.equal(once, again)
 
 
 # ---- bad input: one sentence, ValueError ---------------------------------------------------------
 LOGITS, X1 = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)
-BAD = {
-    "expected logits": lambda: dtm.c_dtm_loss(LOGITS, LOGITS[:1], X1, torch.ones(2, 1)),
-    "does not broadcast": lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, torch.ones(2)),
-    "c must be finite": lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, torch.ones(2, 1), math.nan),
-    "w must be finite": lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, torch.full((2, 1), math.inf)),
-    "x1 must hold": lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1 + 5, torch.ones(2, 1)),
-    "overflows": lambda: dtm.tilt_weight(torch.tensor([1.0, 50.0]), 2.0),
-    "not finite": lambda: dtm.tilt_weight(torch.tensor([1.0, math.nan]), 2.0),
-    "must match r": lambda: dtm.tilt_weight(torch.ones(4), 2.0, normalize=True, group=torch.ones(3)),
-    "no masked position": lambda: dtm.row_mean(torch.ones(2, 3), torch.tensor([[True, True, False], [False] * 3])),
-    "does not fit": lambda: dtm.row_mean(torch.ones(4), torch.ones(2, 3, dtype=torch.bool)),
-    "c must be positive": lambda: dtm.self_consistent_loss(LOGITS, LOGITS, X1, torch.ones(2, 1), 0.0),
-    "already holds the mask": lambda: dtm.mask_random(X1, 0),
-    "must divide": lambda: dtm.mask_blockwise(X1, 9, 2),
-    "x1 must be": lambda: dtm.mask_random(X1[0], 9),
-    "order 'best'": lambda: list(dtm.sample(table(), X1 + V, V, order="best")),
-    "must be >= 1": lambda: list(dtm.sample(table(), X1 + V, V, per_step=0)),
-    "0 < ess": lambda: dtm.next_h(torch.ones(3), 1.5, 1.0),
-    "does not lead": lambda: list(dtm.phases(1.0, lambda a: 0.0)),
-    "not V**": lambda: dtm.exact_posterior(torch.ones(26), torch.zeros(1, 3, dtype=torch.long)),
-    "share a shape": lambda: dtm.exact_tilt(torch.ones(4), torch.ones(5), 1.0),
-    "baseline 'best'": lambda: dtm.dmpo_weights(torch.ones(4), torch.ones(4), torch.ones(4), 0.1, baseline="best"),
-    "no log_theta": lambda: dtm.dmpo_weights(torch.ones(4), torch.ones(4), torch.ones(4), 0.1, baseline="unbiased"),
-}
+W = torch.ones(2, 1)
+LAST_ROW_EMPTY = torch.tensor([[True, True, False], [False, False, False]])
 
 
-@pytest.mark.parametrize("message", BAD)
-def test_bad_input_raises_one_sentence(message):
-    with pytest.raises(ValueError, match=message.replace("**", r"\*\*")) as error:
-        BAD[message]()
+def sample_with(**settings):
+    return lambda: last(dtm.sample(table(), X1 + V, V, **settings))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: dtm.c_dtm_loss(LOGITS, LOGITS[:1], X1, W), "expected logits"),
+        (lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, torch.ones(2)), "does not broadcast"),
+        (lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, W, math.nan), "c must be finite"),
+        (lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1, W * math.inf), "w must be finite"),
+        (lambda: dtm.c_dtm_loss(LOGITS, LOGITS, X1 + 5, W), "x1 must hold"),
+        (lambda: dtm.self_consistent_loss(LOGITS, LOGITS, X1, W, 0.0), "c must be positive"),
+        (lambda: dtm.tilt_weight(torch.tensor([1.0, 50.0]), 2.0), "overflows"),
+        (lambda: dtm.tilt_weight(torch.tensor([1.0, math.nan]), 2.0), "not finite"),
+        (lambda: dtm.tilt_weight(torch.ones(4), 2.0, True, torch.ones(3)), "must match r"),
+        (lambda: dtm.row_mean(torch.ones(2, 3), LAST_ROW_EMPTY), "no masked position"),
+        (lambda: dtm.row_mean(torch.ones(4), torch.ones(2, 3).bool()), "does not fit"),
+        (lambda: dtm.mask_random(X1, 0), "already holds the mask"),
+        (lambda: dtm.mask_random(X1[0], 9), "x1 must be"),
+        (lambda: dtm.mask_blockwise(X1, 9, 2), "must divide"),
+        (sample_with(order="best"), "order 'best'"),
+        (sample_with(per_step=0), "must be >= 1"),
+        (sample_with(temperature=-1.0), "temperature -1"),
+        (lambda: dtm.next_h(torch.ones(3), 1.5, 1.0), "0 < ess"),
+        (lambda: list(dtm.phases(1.0, lambda a: 0.0)), "does not lead"),
+        (lambda: dtm.exact_posterior(torch.ones(26), X1[:1]), r"not V\*\*"),
+        (lambda: dtm.exact_tilt(torch.ones(4), torch.ones(5), 1.0), "share a shape"),
+    ],
+)
+def test_bad_input_raises_one_sentence(call, message):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
     assert "\n" not in str(error.value)

@@ -1,0 +1,111 @@
+"""Collapse at sight: paths drawn from three models, `python -m figures.maze_gif`, 2 minutes.
+
+Three models start from one base and may draw the same number of rollouts: one sees the reward alone
+(REINFORCE on the likelihood bound, no KL to the base), one takes the tilt in one jump, one anneals
+with a learned c. Each panel unmasks paths in random order: a line where the moves from the start
+are known, trails of the earlier paths behind it. One trail out of five is collapse.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Generator, Tensor, nn
+
+import dtm
+import maze_lab as lab
+from figures import rivals
+from maze_lab import MASK
+
+EPISODES = 8
+ARROWS = "↑→↓←·"
+NO_KL = 1e9  # a tilt at which the KL to the base weighs nothing
+REWARD_ALONE = rivals.Method("reward alone", 5e-4, objective="elbo_reinforce", rise=0.0)
+
+
+def train(maze: lab.Maze, base: lab.MazeNet, cfg: lab.Config, seed: int) -> dict[str, nn.Module]:
+    """The three models, by name."""
+    judge = lab.Judge(maze, lab.tabulate(base, maze.L))
+    models = {}
+    for look in rivals.compete(REWARD_ALONE, replace(cfg, a_end=NO_KL), maze, base, seed):
+        models["reward alone"] = look.student
+    for name, arm in (("one jump", lab.ONE_JUMP), ("annealed, learned c", lab.LEARNED)):
+        schedule = lab.make_schedule(arm, cfg, judge)
+        for phase in lab.tilt(base, maze, arm, cfg, schedule, seed):
+            models[name] = phase.student
+    return models
+
+
+def known_cells(maze: lab.Maze, xt: Tensor) -> list[tuple[int, int]]:
+    """The cells, as (row, column), that the moves from the start lead through."""
+    hidden = (xt == MASK).nonzero()
+    known = int(hidden[0]) if len(hidden) else len(xt)
+    cells = maze.cells(xt[None, :known])[0] if known else torch.zeros(1)
+    return [divmod(int(cell), maze.n) for cell in cells]
+
+
+def draw_maze(axis, maze: lab.Maze) -> None:
+    axis.imshow(torch.tensor(maze.walls).numpy(), cmap="Greys", vmax=1.4)
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(True)
+    for letter, cell in (("S", 0), ("G", maze.n - 1)):
+        axis.text(cell, cell, letter, ha="center", va="center", weight="bold")
+
+
+def draw_path(axis, cells: list[tuple[int, int]], episode: int, **look) -> None:
+    """Shifted a little by episode, so that trails on one another can be told apart."""
+    shift = 0.04 * (episode - EPISODES / 2)
+    axis.plot([j + shift for _, j in cells], [i + shift for i, _ in cells], **look)
+
+
+def animate(
+    maze: lab.Maze, episodes: dict[str, list[Tensor]], titles: dict[str, str], file
+) -> None:
+    """episodes: by model, the L + 1 states (EPISODES, L) of `dtm.sample`."""
+    plt = lab.pyplot()
+    from matplotlib.animation import FuncAnimation, PillowWriter
+
+    figure, axes = plt.subplots(1, 3, figsize=(8.8, 3.4), layout="constrained")
+    frames = maze.L + 3  # of an episode: its states, and two to rest
+
+    def frame(number: int) -> None:
+        episode, step = divmod(number, frames)
+        for axis, (name, states) in zip(axes, episodes.items(), strict=True):
+            axis.clear()
+            draw_maze(axis, maze)
+            for past in range(episode):
+                cells = known_cells(maze, states[-1][past])
+                draw_path(axis, cells, past, color=lab.COLOURS[6], lw=2.5, alpha=0.35)
+            xt = states[min(step, maze.L)][episode]
+            draw_path(axis, known_cells(maze, xt), episode, color=lab.COLOURS[1], lw=3)
+            axis.set_title(titles[name], fontsize=10)
+            axis.set_xlabel(" ".join(ARROWS[move] for move in xt), fontsize=13)
+
+    movie = FuncAnimation(figure, frame, EPISODES * frames)
+    lab.write(file, lambda half: movie.save(half, PillowWriter(fps=4), dpi=80))
+
+
+def main() -> None:
+    parser = lab.make_parser("An animation: reward alone, one jump, annealed.")
+    cfg, seeds, args = lab.read_settings(parser, preset={})
+    if args.plot_only or cfg.grid != 4 or args.device != "cpu":
+        parser.error("the animation trains its models on the 4 x 4 maze, on a CPU")
+    torch.set_num_threads(1)
+    maze = lab.make_maze(cfg, seeds[0])
+    base = lab.train_base(maze, cfg, seeds[0], args.device)
+    judge = lab.Judge(maze, lab.tabulate(base, maze.L))
+    noise = Generator().manual_seed(seeds[0])
+    episodes, titles = {}, {}
+    for name, model in train(maze, base, cfg, seeds[0]).items():
+        found = judge.measure(lab.tabulate(model, maze.L), cfg.a_end)
+        modes = f"{found['modes']:.1f} of {found['target_modes']:.1f} paths"
+        titles[name] = f"{name}\nsuccess {found['success']:.2f}, {modes}"
+        print(titles[name].replace("\n", ": "))
+        blank = torch.full((EPISODES, maze.L), MASK)
+        episodes[name] = list(dtm.sample(model, blank, MASK, generator=noise))
+    file = args.out / ("quick_maze.gif" if args.quick else "maze.gif")
+    animate(maze, episodes, titles, file)
+    print("wrote", file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""What several tests share: a chi-square test, random tables, a 3 x 3 maze, a short training."""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Generator
+
+import dtm
+import maze_lab as lab
+
+ROOT = Path(__file__).parent.parent
+CFG = lab.Config(base_steps=30, base_batch=64, steps=24, phases=3, rollouts=192, batch=32, width=16)
+SMALL = lab.Maze([[0, 0, 0], [0, 0, 0], [0, 0, 0]])  # 4 moves, 625 states
+
+
+def base_net(seed=0, cfg=CFG):
+    return lab.train_base(SMALL, cfg, seed, "cpu")
+
+
+def judge_of(base):
+    return lab.Judge(SMALL, lab.tabulate(base, SMALL.L))
+
+
+def run_tilt(base, arm, cfg, seed):
+    """The records of a run, without their seconds."""
+    judge = judge_of(base)
+    schedule = lab.make_schedule(arm, cfg, judge)
+    phases = lab.tilt(base, SMALL, arm, cfg, schedule, seed)
+    return [record | {"seconds": 0} for record in lab.follow(phases, judge)]
+
+
+def command(*args):
+    words = [sys.executable, *[str(word) for word in args]]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+
+
+# ---- sampling from a table on V = 3 tokens and L = 3 positions -----------------------------------
+V, L = 3, 3
+
+
+def rejects(counts, expected) -> bool:
+    """Pearson's test at level 1e-4, by the Wilson-Hilferty normal approximation to chi-square."""
+    counts, expected = (torch.as_tensor(t).double().flatten() for t in (counts, expected))
+    assert expected.min() > 5, "cells too small for the approximation"
+    chi2, df = ((counts - expected) ** 2 / expected).sum().item(), len(counts) - 1
+    z = ((chi2 / df) ** (1 / 3) - (1 - 2 / (9 * df))) / math.sqrt(2 / (9 * df))
+    return z > 3.719
+
+
+def digits(x, base):
+    return (x * base ** torch.arange(x.shape[1] - 1, -1, -1)).sum(1)
+
+
+def table(seed=0, scale=1.0):
+    return dtm.Table(
+        scale * torch.randn((V + 1) ** L, L, V, generator=Generator().manual_seed(seed))
+    )
+
+
+def last(states):
+    *_, finished = states
+    return finished
+
+
+def draw(model, n, seed=0, **settings):
+    blank = torch.full((n, L), V)
+    return last(dtm.sample(model, blank, V, generator=Generator().manual_seed(seed), **settings))
+
+
+def counts_of(x):
+    return torch.bincount(digits(x, V), minlength=V**L)
+
+
+def law_of(model):
+    return dtm.exact_marginal(model, V, L).detach()

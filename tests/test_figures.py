@@ -1,0 +1,159 @@
+"""The other scripts in figures/: gradient variance, the bound along a run, decoding orders."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import CFG, SMALL, L, V, base_net, command, counts_of, draw, judge_of, rejects, table
+from torch import Generator
+
+import dtm
+import maze_lab as lab
+from figures import control_variate, decoding_order, phases
+
+VOCABULARY = lab.V  # 4, where V is the samplers' 3
+
+
+# ---- gradient variance, phases, decoding orders --------------------------------------------------
+class StateC:
+    """A control variate that depends on the state."""
+
+    def __call__(self, xt, mask):
+        return (1 + 0.3 * xt)[mask]
+
+
+def variance_by_autograd(teacher, rho, w, control):
+    """The definition: the gradient of every sequence at every state, its spread around the mean."""
+    length = 2
+    x, total = dtm.all_sequences(VOCABULARY, length), 0.0
+    for mask in dtm.all_sequences(2, length)[1:].bool():
+        xt, k = torch.where(mask, VOCABULARY, x), int(mask.sum())
+        where = mask.expand_as(xt)
+        logits = teacher(xt, where).clone().requires_grad_()
+        w_here = w[:, None].expand_as(xt)[where]
+        loss = dtm.c_dtm_loss(logits, teacher(xt, where), x[where], w_here, control(xt, where))
+        loss.sum().backward()
+        gradients = logits.grad.view(len(x), k, VOCABULARY)
+        for state in xt.unique(dim=0):
+            rows = (xt == state).all(1)
+            p = (rho[rows] / rho[rows].sum())[:, None, None]
+            spread = (p * (gradients[rows] - (p * gradients[rows]).sum(0)) ** 2).sum()
+            total += rho[rows].sum() * spread / (k * length * math.comb(length, k))
+    return (total / (rho * w).sum() ** 2).item()
+
+
+def test_D7_gradient_variance_against_autograd():
+    g = Generator().manual_seed(0)
+    rho = torch.randn(VOCABULARY**2, generator=g).double().softmax(0)
+    w = torch.exp(2 * torch.rand(VOCABULARY**2, generator=g).double())
+    pi = dtm.exact_posterior(rho, dtm.all_sequences(VOCABULARY + 1, 2))
+    teacher = dtm.Table(pi.log().clamp_min(-60)).requires_grad_(False)
+    best = control_variate.ExactBestC(teacher, rho, w)
+    found = {}
+    for control in (*[lab.FixedC(c) for c in (0.0, 1.5, 3.0)], StateC(), best):
+        found[control] = control_variate.gradient_variance(teacher, rho, w, control)
+        expected = variance_by_autograd(teacher, rho, w, control)
+        assert found[control] == pytest.approx(expected)
+    assert 0 < found[best] == min(found.values())
+
+
+def test_variance_of_any_number_c_from_three_points():
+    judge = judge_of(base_net())
+    table = lab.tabulate(base_net(), SMALL.L)
+    rho, w = lab.law(table), dtm.tilt_weight(judge.r.double(), 1.0)
+    known = control_variate.variances_at(table, rho, judge.r, 1.0)
+    mean = (rho @ w).item()
+    normalised = control_variate.gradient_variance(table, rho, w / mean, lab.FixedC(1.0))
+    assert known["c = 1, w / mean"] == pytest.approx(normalised)
+    grid = [lab.FixedC(c / 20) for c in range(10, 60)]
+    scanned = min(control_variate.gradient_variance(table, rho, w, control) for control in grid)
+    assert known["best scalar c"] == pytest.approx(scanned, rel=5e-3)
+    assert known["learned c"] <= known["best scalar c"] <= scanned
+
+
+def test_D7_the_learned_c_fits_its_closed_form():
+    """On a fixed teacher: near the best enumerated variance, and better than any scalar."""
+    base = base_net(0, replace(CFG, base_steps=200))
+    judge, teacher, g = judge_of(base), lab.tabulate(base, SMALL.L), Generator().manual_seed(0)
+    w = dtm.tilt_weight(judge.r, 4.0)
+    w = w / (judge.rho_0 @ w.double()).float()
+    torch.manual_seed(0)
+    control = lab.LearnedC(SMALL.L, "cpu")
+    for step in range(500):
+        i = judge.rho_0.multinomial(256, True, generator=g)
+        xt, mask = dtm.mask_random(judge.x[i], VOCABULARY, g)
+        logits_a, w_i = teacher(xt, mask), lab.spread(w[i], mask)
+        y, q = dtm.state_c_target(logits_a, logits_a, judge.x[i][mask], w_i)
+        loss = dtm.row_mean(q * (control(xt, mask) - y) ** 2, mask)
+        lab.take_step(control.optimiser, loss, 3e-3 * (1 - step / 500))
+
+    def variance(control):
+        return control_variate.gradient_variance(teacher, judge.rho_0, w, control)
+
+    best = variance(control_variate.ExactBestC(teacher, judge.rho_0, w))
+    scalar = min(variance(lab.FixedC(c)) for c in (0.8, 0.9, 1.0, 1.1))
+    assert best < variance(control) < 0.9 * scalar
+
+
+def test_D12_both_sides_of_the_bound_along_a_run(monkeypatch):
+    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed: SMALL)
+    base = {"seed": 0, "net": base_net()}
+    row = phases.run_arm(replace(CFG, a_end=6.0), lab.Arm("x", phases=3), base, "cpu")
+    first, _, last = row["trace"]
+    assert all(0 < p["phase_kl"] <= p["phase_bound"] for p in row["trace"])
+    assert first["phase_kl"] == pytest.approx(first["kl"], rel=1e-4)  # its teacher is rho_0
+    assert last["phase_kl"] != pytest.approx(last["kl"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "order, choose",
+    [("confidence", decoding_order.confidence_choice), ("state", decoding_order.state_choice)],
+)
+def test_D11_each_decoding_order_has_its_enumerated_law(order, choose):
+    model, n = table(1, 0.6), 40_000
+    law = dtm.exact_marginal(model, V, L, choose=choose).detach()
+    assert law.sum().item() == pytest.approx(1)
+    assert not rejects(counts_of(draw(model, n, order=order)), n * law)
+    assert rejects(counts_of(draw(model, n, order="random")), n * law)
+
+
+def test_certainty_keeps_the_law_of_a_consistent_model_and_confidence_does_not():
+    rho = torch.randn(27, generator=Generator().manual_seed(2)).double().softmax(0)
+    posterior = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L))
+    model = dtm.Table(posterior.log().clamp_min(-60))
+    laws = {}
+    for name, choose in decoding_order.CHOICES.items():
+        laws[name] = dtm.exact_marginal(model, V, L, choose=choose).detach()
+    torch.testing.assert_close(laws["random order"], rho, atol=1e-12, rtol=0)
+    torch.testing.assert_close(laws["by certainty"], rho, atol=1e-12, rtol=0)
+    assert (laws["by confidence"] - rho).abs().sum() > 0.05
+
+
+# ---- the commands --------------------------------------------------------------------------------
+TINY = "--quick --steps 32 --rollouts 256 --base-steps 8 --jobs 2 --seeds 1".split()
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("rivals", "frontier"),
+        ("control_variate", "grad_var"),
+        ("phases", "ess"),
+        ("decoding_order", "modes"),
+    ],
+)
+def test_each_script_makes_its_table_json_and_png_and_redraws(tmp_path, name, key):
+    settings = [*TINY, *(["--phases", "16"] if name == "phases" else [])]
+    ran = command("-m", f"figures.{name}", *settings, "--out", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / f"quick_{name}.json").read_text())
+    assert result["command"].startswith(f"python -m figures.{name} --quick")
+    assert len(result["rows"]) == len(result["arms"])
+    assert all(math.isfinite(row[key]) and row["arm"] in ran.stdout for row in result["rows"])
+    picture = tmp_path / f"quick_{name}.png"
+    before = picture.read_bytes()
+    picture.unlink()
+    again = command("-m", f"figures.{name}", "--plot-only", "--out", tmp_path)
+    assert again.returncode == 0 and picture.read_bytes() == before
