@@ -6,8 +6,9 @@
 
 THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a
 move into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
-r = 1 - dist(end, goal) / dist(start, goal). L is the length of a shortest path, so r = 1 exactly on
-the shortest paths: they are the modes, and "no collapse" is to keep them all. The default maze:
+r = 1 - dist(end, goal) / dist(start, goal), below 0 where some random maze leads farther away than
+it starts. L is the length of a shortest path, so r = 1 exactly on the shortest
+paths: they are the modes, and "no collapse" is to keep them all. The default maze:
 
     S . # #     S start, G goal, # wall; L = 6, 5 shortest paths. "right down down right down right"
     . . . .     is [1, 2, 2, 1, 2, 1] and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times
@@ -18,8 +19,8 @@ THE BASE rho_0 is a small masked diffusion transformer trained on a noisy walker
 from the goal. THE TARGET is rho_A ~ rho_0 e^{A r}. There are 5^6 = 15,625 states, so both laws and
 the distance between them are computed, not estimated.
 
-THE METRICS (`rows` of the JSON)
-    kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
+THE METRICS (`rows` of the JSON; symbols and equations as in dtm.py)
+    kl        KL(rho_A || rho_theta), nats, the score: 0 is the exact tilt; in `trace` against rho_a
     success   rho_theta(r = 1); target_success: rho_A's
     modes     e^entropy of rho_theta given r = 1, the effective number of shortest paths;
               target_modes: rho_A's; kl_modes: KL between the two laws given r = 1
@@ -28,7 +29,6 @@ THE METRICS (`rows` of the JSON)
 
 CONTENTS   1 settings   2 the loop: `tilt`   3 control variates   4 schedules of h   5 the maze
            6 the net   7 the exact judge   8 running   9 table and figures   10 command line
-Symbols and equations (D1), (D2), ... are those of dtm.py.
 """
 
 import argparse
@@ -40,8 +40,8 @@ import multiprocessing
 import os
 import platform
 import random
-import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -59,8 +59,8 @@ import dtm
 V, MASK = 4, 4  # moves; the token of a hidden move
 MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # up, right, down, left
 DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker of the base prefers
-BYTES_PER_STATE = 120  # and position, at the peak of a process: measured on --grid 5
-ROLLOUT_ESS = 0.975  # the effective sample size of a phase whose h the rollouts choose
+BYTES = 120  # for each state and position, at the peak of a process: measured on --grid 5
+ROLLOUT_ESS = 0.975  # of a phase whose h the rollouts choose; reaches A = 32 in about 32 phases
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
@@ -93,11 +93,11 @@ QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollo
 
 @dataclass
 class Arm:
-    """One way from rho_0 to rho_A. All share the base, the rollouts and the gradient steps."""
+    """One way from rho_0 to rho_A; all have one base, as many rollouts and as many steps."""
 
     name: str  # in code, tables and figures
-    control: str = "learned c"  # or "best scalar c", or "fixed c"
-    c: float = 1.0  # of "fixed c"
+    control: str = "learned c"  # or "best scalar c"
+    c: float | None = None  # a number, in place of a control that learns
     normalize: bool = True  # weights divided by their mean over the phase's rollouts
     schedule: str = "exact law"  # how h is chosen; or "equal h", or "rollouts"
     phases: int = 0  # 0: Config.phases
@@ -107,20 +107,18 @@ class Arm:
 
 def paper(name: str, c: float, **changes) -> Arm:
     """An arm as in the paper: c is a number, the weights are raw."""
-    return Arm(name, control="fixed c", c=c, normalize=False, **changes)
+    return Arm(name, c=c, normalize=False, **changes)
 
 
-LOSSES = {"implicit": dtm.c_dtm_loss, "self-consistent": dtm.self_consistent_loss}
+LOSSES = {"implicit": dtm.c_dtm_loss, "self-consistent": dtm.self_consistent_loss}  # see `tilt`
 C_0, C_1 = paper("c = 0", c=0.0), paper("c = 1", c=1.0)
-NORMALIZED = Arm("c = 1, w / mean", control="fixed c")
+NORMALIZED = Arm("c = 1, w / mean", c=1.0)
 BEST_SCALAR, LEARNED = Arm("best scalar c", control="best scalar c"), Arm("learned c")
 ONE_JUMP = Arm("one jump", control="best scalar c", phases=1)
+H_BY_ROLLOUTS = Arm("h by rollouts", schedule="rollouts")
 MAIN = [ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
 ABLATIONS = {
-    "anneal": [
-        *[Arm(f"K = {phases}", phases=phases) for phases in (1, 2, 4, 8, 16, 32)],
-        Arm("h by rollouts", schedule="rollouts"),
-    ],
+    "anneal": [*[Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)], H_BY_ROLLOUTS],
     "cv": [C_0, paper("c = 0.5", 0.5), C_1, NORMALIZED, BEST_SCALAR, LEARNED],
     "loss": [
         paper("explicit", c=1.0, loss="explicit"),
@@ -132,22 +130,19 @@ ABLATIONS = {
         Arm("by certainty", order="state"),
         Arm("by confidence", order="confidence"),
     ],
-    "ess": [
-        Arm("equal h", schedule="equal h"),
-        Arm("h by exact law"),
-        Arm("h by rollouts", schedule="rollouts"),
-    ],
+    "ess": [Arm("equal h", schedule="equal h"), Arm("h by exact law"), H_BY_ROLLOUTS],
 }
 
 
 # ---- 2. The loop --------------------------------------------------------------------------------
 @dataclass
 class Phase:
-    """A finished phase of `tilt`: who looks from outside finds all of it here."""
+    """A finished phase of `tilt`, for who looks from outside; student and control learn on."""
 
     a: float  # the tilt at its start
     h: float  # its increment
     x1: Tensor  # (n, L) rollouts of the teacher
+    r: Tensor  # (n,) their rewards
     w: Tensor  # (n,) their weights
     student: "MazeNet"  # at the end of the phase
     teacher: dtm.Table  # at tilt a
@@ -155,10 +150,9 @@ class Phase:
     control: "FixedC | ScalarC | LearnedC"
 
 
-def tilt(
-    base: "MazeNet", maze: "Maze", arm: Arm, cfg: Config, choose_h: Callable, seed: int
-) -> Iterator[Phase]:
-    """DTM from rho_0 to rho_A, the six steps of dtm.py's head. choose_h(a, r) plans the phases."""
+def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> Iterator[Phase]:
+    """DTM from rho_0, the MazeNet base, to rho_A: the six steps of dtm.py's head. choose_h(a, r)
+    says h at tilt a, where the rollouts have the rewards r (section 4)."""
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for the first weights of a learned c
@@ -168,13 +162,15 @@ def tilt(
     # 1. teacher = student = base
     student = copy.deepcopy(base)
     teacher = tabulate(student, maze.L)
-    optimiser = adam(student)  # its state lives on over the phases; the release clears it
+    optimiser = adam(student)  # its state lives on over the phases; the authors' code clears it
     control = make_control(arm, maze.L, device)
     a = 0.0
     while a < cfg.a_end * (1 - 1e-9):
         # 2. draw from the teacher, score, weigh
         blank = torch.full((cfg.rollouts // phases, maze.L), MASK, device=device)
-        *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
+        *_, x1 = dtm.sample(
+            teacher, blank, MASK, order=arm.order, generator=noise
+        )  # the last state
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
@@ -190,15 +186,14 @@ def tilt(
             if arm.loss == "explicit":
                 loss = dtm.etm_loss(logits, logits_a, token, spread(r[i], mask), h)  # (D4)
             else:
-                loss = LOSSES[arm.loss](logits, logits_a, token, w_i, c)  # (D3)
+                loss = LOSSES[arm.loss](logits, logits_a, token, w_i, c)  # (D3) or (D5)
             take_step(optimiser, dtm.row_mean(loss, mask), lr=cfg.lr * (1 - step / steps))
             control.learn(c, logits.detach(), logits_a, token, w_i, mask)
         # 5. the student is the teacher of the next phase
         next_teacher = tabulate(student, maze.L)
-        yield Phase(a, h, x1, w, student, teacher, next_teacher, control)
+        yield Phase(a, h, x1, r, w, student, teacher, next_teacher, control)
         teacher = next_teacher
-        a += h
-    # 6. the tilt is A
+        a += h  # 6. until the tilt is A
 
 
 def spread(per_row: Tensor, mask: Tensor) -> Tensor:
@@ -229,16 +224,16 @@ class FixedC:
     def __call__(self, xt: Tensor, mask: Tensor) -> float:
         return self.c
 
-    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
+    def learn(self, c, logits, logits_a, token, w, mask) -> None:
         pass
 
 
 class ScalarC(FixedC):
     """c is the running best scalar (D8), of past batches: on its own batch it would be biased."""
 
-    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
+    def learn(self, c, logits, logits_a, token, w, mask) -> None:
         share = spread(1 / mask.sum(1), mask)  # how `row_mean` weighs a position
-        best = dtm.best_c(logits, logits_a, x1, w, share).item()  # (D8)
+        best = dtm.best_c(logits, logits_a, token, w, share).item()  # (D8)
         self.c = 0.9 * self.c + 0.1 * best
 
 
@@ -257,15 +252,18 @@ class LearnedC:
         c = 1 + self.net(state.float())  # (B, L)
         return c[mask.to(self.device)]
 
-    def learn(self, c, logits, logits_a, x1, w, mask) -> None:
-        y, q = dtm.state_c_target(logits_a, logits_a, x1, w)  # at theta = teacher
+    def learn(self, c, logits, logits_a, token, w, mask) -> None:
+        y, q = dtm.state_c_target(
+            logits_a, logits_a, token, w
+        )  # theta = teacher: y = w, less noise
         take_step(self.optimiser, dtm.row_mean(q * (c - y) ** 2, mask), lr=2e-3)
 
 
 def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
-    if arm.control == "learned c":
-        return LearnedC(L, device)
-    return ScalarC(1.0) if arm.control == "best scalar c" else FixedC(arm.c)
+    if arm.c is not None:
+        return FixedC(arm.c)
+    controls = {"learned c": LearnedC(L, device), "best scalar c": ScalarC(1.0)}
+    return controls[arm.control]
 
 
 # ---- 4. Schedules: choose_h(a, r) at tilt a, from the rewards r of the phase's rollouts ----------
@@ -296,30 +294,31 @@ class StepsByRollouts:
 
 def make_schedule(arm: Arm, cfg: Config, judge: "Judge") -> PlannedSteps | StepsByRollouts:
     phases = arm.phases or cfg.phases
+    dtm.check(phases <= min(cfg.steps, cfg.rollouts), f"{phases} phases need as many steps")
     if arm.schedule == "rollouts":
         return StepsByRollouts(cfg.a_end, phases)
     if arm.schedule == "equal h":
         return PlannedSteps([cfg.a_end / phases] * phases)
+    dtm.check(arm.schedule == "exact law", f"{arm.name}: no schedule {arm.schedule!r}")
     return PlannedSteps(equal_ess_steps(judge.rho_0, judge.r, cfg.a_end, phases))
 
 
 def equal_ess_steps(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
-    """The reference schedule, from the exact law that no real run knows: `phases` steps to a_end of
-    one effective sample size, by bisection on that size. rho_0, r (V**L,)."""
+    """`phases` steps of one effective sample size: a reference, from a law that no run knows."""
     values, p_0 = reward_law(rho_0, r)  # a tilt sees no more of a law than this
     low, high = 1e-6, 1.0
     steps = [a_end / phases] * phases  # equal ones, where no size above 1e-6 will do
     for _ in range(25):
-        size = (low + high) / 2  # of the sample, effective
+        ess = (low + high) / 2
         trial, a = [], 0.0
         while a < a_end * (1 - 1e-9) and len(trial) <= phases:
-            trial.append(dtm.next_h(values, size, a_end - a, p=dtm.exact_tilt(p_0, values, a)))
+            trial.append(dtm.next_h(values, ess, a_end - a, p=dtm.exact_tilt(p_0, values, a)))
             a += trial[-1]
-        if len(trial) <= phases:  # steps of this size are large enough
-            low = size
+        if len(trial) <= phases:  # steps that keep so much still arrive: ask for more
+            low = ess
             steps = trial
         else:
-            high = size
+            high = ess
     return steps
 
 
@@ -408,8 +407,7 @@ def make_maze(cfg: Config, seed: int = 0) -> Maze:
 
 
 def random_walls(n: int, k: int) -> list[list[int]]:
-    """The k-th of an endless list of n x n mazes, always the same: n/2 to 3n/2 walls, a shortest
-    path of 2n - 2 moves from corner to corner, and 2 to 8 of them."""
+    """The k-th of a list of mazes, always the same, with 2 to 8 shortest paths of 2n - 2 moves."""
     draw = random.Random(0)
     cells = list(itertools.product(range(n), repeat=2))[1:-1]  # without start and goal
     found = []
@@ -432,9 +430,8 @@ class MazeNet(nn.Module):
     def __init__(self, L: int, cfg: Config):
         super().__init__()
         self.embed = nn.Embedding(L * (V + 1), cfg.width)  # one vector per (position, token)
-        layer = nn.TransformerEncoderLayer(
-            cfg.width, 2, 4 * cfg.width, dropout=0.0, batch_first=True, norm_first=True
-        )
+        d, options = cfg.width, {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        layer = nn.TransformerEncoderLayer(d, nhead=2, dim_feedforward=4 * d, **options)
         norm = nn.LayerNorm(cfg.width)
         self.body = nn.TransformerEncoder(layer, cfg.layers, norm, enable_nested_tensor=False)
         self.head = nn.Linear(cfg.width, V)
@@ -467,7 +464,7 @@ def tabulate(net: nn.Module, L: int) -> dtm.Table:
     states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
     logits = torch.empty(len(states), L, V, device=states.device)
     for piece, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
-        piece.copy_(net(xt))  # in place: pieces that were kept would tear memory into shreds
+        piece.copy_(net(xt))  # in place: pieces that are kept would fragment the memory
     return dtm.Table(logits).requires_grad_(False)
 
 
@@ -479,7 +476,7 @@ class Judge:
         self.x = dtm.all_sequences(V, maze.L)  # (V**L, L)  every path
         self.r = maze.reward(self.x)  # (V**L,)
         self.rho_0 = law(base)  # (V**L,)
-        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)  # (K,)  rows
+        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)  # (K,)  in x
 
     def measure(self, table: dtm.Table, a: float) -> dict:
         """The metrics of the file's head, against rho_a."""
@@ -521,23 +518,25 @@ def run_base(cfg: Config, seed: int, device: str) -> dict:
         "seed": seed,
         "walls": maze.walls,
         "net": net.cpu(),
-        "reward_law": {"values": values.tolist(), "p": p.tolist()},  # the frontier follows
-        "jump_ratio": (target.square() / judge.rho_0).sum().item() / (2 * cfg.rollouts),
+        "reward_law": {"values": values.tolist(), "p": p.tolist()},
+        "jump_ess": cfg.rollouts / (target.square() / judge.rho_0).sum().item(),
         **judge.measure(table, a=0.0),
     }
 
 
-def run_arm(cfg: Config, arm: Arm, base: dict, device: str) -> dict:
-    """A row of the result: the metrics at the end, and along the way as `trace`."""
+def run_arm(cfg: Config, arm: Arm, base: dict, device: str, look: Callable | None = None) -> dict:
+    """A row of the result; look(phase, judge, arm) may add metrics to a phase's record."""
     maze = make_maze(cfg, base["seed"])
     net = base["net"].to(device)
     judge = Judge(maze, tabulate(net, maze.L))
     schedule = make_schedule(arm, cfg, judge)
-    trace = list(follow(tilt(net, maze, arm, cfg, schedule, base["seed"]), judge))
+    trace = []
+    for phase, record in follow(tilt(net, maze, arm, cfg, schedule, base["seed"]), judge):
+        trace.append(record | (look(phase, judge, arm) if look else {}))
     return make_row(arm.name, base["seed"], trace)
 
 
-def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[dict]:
+def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[tuple[Phase, dict]]:
     """Measures a run from outside, phase by phase."""
     seconds = 0.0
     clock = time.perf_counter()
@@ -545,7 +544,7 @@ def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[dict]:
         seconds += time.perf_counter() - clock
         record = judge.measure(phase.next_teacher, phase.a + phase.h)
         ess = (phase.w.mean().square() / phase.w.square().mean()).item()  # (D9)
-        yield record | {"h": phase.h, "ess": ess, "seconds": seconds}
+        yield phase, record | {"h": phase.h, "ess": ess, "seconds": seconds}
         clock = time.perf_counter()
 
 
@@ -557,25 +556,28 @@ def make_row(name: str, seed: int, trace: list[dict]) -> dict:
 
 
 def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = run_arm) -> dict:
-    """Runs every arm on every seed's base, prints each row as it comes, returns all there is to
-    draw. run(cfg, arm, base, device) makes a row; args: the parsed command line."""
+    """Every arm on every seed's base. run(cfg, arm, base, device) makes a row, printed at once."""
     start = time.time()
     names = [arm.name for arm in arms]
     bases, rows = [], []
-    # Workers of one thread each: two threads of one worker would wait for each other.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))
-    with pool, tqdm(total=len(seeds) * (1 + len(arms)), unit="run", smoothing=0) as bar:
-        for future in as_completed([pool.submit(run_base, cfg, s, args.device) for s in seeds]):
-            bases.append(future.result())
-            bar.write(describe_base(bases[-1]))
-            bar.update()
-        tasks = itertools.product(arms[::-1], bases)  # the slowest arms first
-        futures = [pool.submit(run, cfg, arm, base, args.device) for arm, base in tasks]
-        for future in as_completed(futures):
-            rows.append(future.result())
-            bar.write(describe_row(rows[-1]))
-            bar.update()
+    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))  # one thread each
+    try:
+        with tqdm(total=len(seeds) * (1 + len(arms)), unit="run", smoothing=0) as bar:
+            for future in as_completed([pool.submit(run_base, cfg, s, args.device) for s in seeds]):
+                bases.append(future.result())
+                bar.write(describe_base(bases[-1]))
+                bar.update()
+            tasks = itertools.product(arms[::-1], bases)  # lists of arms end with the slowest
+            futures = [pool.submit(run, cfg, arm, base, args.device) for arm, base in tasks]
+            for future in as_completed(futures):
+                rows.append(future.result())
+                bar.write(describe_row(rows[-1]))
+                bar.update()
+    except ValueError as error:
+        sys.exit(f"stopped: {error}")
+    finally:
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, too, nothing more is begun
     nets = {base["seed"]: base.pop("net") for base in bases}  # for scripts; not JSON
     return {
         "command": args.command,
@@ -583,8 +585,7 @@ def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = 
         "seconds": time.time() - start,
         "config": asdict(cfg),
         "arms": [asdict(arm) for arm in arms],
-        "machine": {"cpu": cpu_name(), "jobs": args.jobs, "device": args.device},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "machine": [platform.platform(), os.cpu_count(), args.device, torch.__version__],
         "nets": nets,
         "bases": sorted(bases, key=lambda base: base["seed"]),
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
@@ -592,21 +593,14 @@ def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = 
 
 
 def describe_base(base: dict) -> str:
-    verdict = "annealing is needed" if base["jump_ratio"] > 0.01 else "one jump may do"
-    ratio = f"sum rho_A^2 / rho_0 over twice the rollouts {base['jump_ratio']:.3f} (line: .01)"
-    return f"seed {base['seed']}: base success {base['success']:.5f}; {ratio}, so {verdict}"
+    left = f"one jump would leave {base['jump_ess']:.0f} effective rollouts (50 would do)"
+    return f"seed {base['seed']}: base success {base['success']:.5f}; {left}"
 
 
 def describe_row(row: dict) -> str:
     success = f"success {row['success']:.3f} of {row['target_success']:.3f}"
     modes = f"{row['modes']:.2f} of {row['target_modes']:.2f} paths, {row['seconds']:.0f} s"
     return f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}, {success}, {modes}"
-
-
-def cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found.group(1) if found else platform.machine()
 
 
 # ---- 9. Table and figures: from the result, or its JSON, alone ----------------------------------
@@ -630,23 +624,22 @@ def mean_and_error(rows: list[dict], key: str) -> tuple[float, float]:
     return t.mean().item(), error
 
 
-def show(rows: list[dict], key: str) -> str:
-    mean, error = mean_and_error(rows, key)
-    return f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
-
-
-def table(result: dict, columns: dict[str, str]) -> str:
+def format_table(result: dict, columns: dict[str, str]) -> str:
+    arms = by_arm(result)
+    width = max(len(name) for name in arms)
     lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; all exact."]
-    lines.append(" " * 16 + "".join(f"{title:>17}" for title in columns.values()))
-    for name, rows in by_arm(result).items():
-        cells = [show(rows, key) for key in columns]
-        lines.append(f"{name:>16}" + "".join(f"{cell:>17}" for cell in cells))
+    lines.append(" " * width + "".join(f"{title:>17}" for title in columns.values()))
+    for name, rows in arms.items():
+        lines.append(f"{name:>{width}}")
+        for key in columns:
+            mean, error = mean_and_error(rows, key)
+            cell = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
+            lines[-1] += f"{cell:>17}"
     return "\n".join(lines)
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """save(a temporary path), then rename: nobody reads half a file."""
-    half = path.with_name(f".half-{path.name}")  # in the same folder, so that renaming is atomic
+    half = path.with_name(f".half-{path.name}")  # renamed when it is whole: nobody reads half
     save(half)
     half.replace(path)
 
@@ -678,9 +671,8 @@ def draw(result: dict, path: Path) -> Path:
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.8, 3.6), layout="constrained")
     arms = by_arm(result)
-    target = []
-    for row in next(iter(arms.values())):
-        target.append({"success": row["target_success"], "paths": row["target_paths"]})
+    any_arm = next(iter(arms.values()))
+    target = [{"success": r["target_success"], "paths": r["target_paths"]} for r in any_arm]
     groups = {"base": result["bases"], **arms, "exact target": target}
     most = max(len(base["paths"]) for base in result["bases"])
     shades = plt.get_cmap("Blues_r")([0.05 + 0.8 * k / max(1, most - 1) for k in range(most)])
@@ -693,19 +685,17 @@ def draw(result: dict, path: Path) -> Path:
                 bottom += row["success"] * share
         if name in arms:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
-    kept = {name: mean_and_error(rows, "modes")[0] for name, rows in arms.items()}
-    goal, _ = mean_and_error(result["rows"], "target_modes")  # paths that count, of the target
-    best, worst = max(kept, key=kept.get), min(kept, key=kept.get)
-    claim = f"'{worst}' keeps {kept[worst]:.1f}, '{best}' keeps {kept[best]:.1f}"
-    axis.set_title(f"Of {goal:.1f} shortest paths, a shade each, {claim} (a bar a seed)")
-    axis.set_xticks(range(len(groups)), groups)
+    best = min(arms, key=lambda name: mean_and_error(arms[name], "kl")[0])
+    kept, goal = [mean_and_error(arms[best], key)[0] for key in ("modes", "target_modes")]
+    axis.set_title(f"'{best}' keeps {kept:.1f} of {goal:.1f} shortest paths, a shade each")
+    axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 8 else 20)
     axis.set(ylabel="probability of each shortest path", ylim=(0, 1.1))
     return save_figure(figure, path)
 
 
 # ---- 10. The command line -----------------------------------------------------------------------
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """The flags that the scripts in figures/ have too."""
+def make_parser(description: str, without: tuple = ()) -> argparse.ArgumentParser:
+    """The flags that the scripts in figures/ have too, but for the settings that one has not."""
     parser = argparse.ArgumentParser(description=description)
     add = parser.add_argument
     add("--seeds", type=int, help="seeds, each with its own base (default: one a process)")
@@ -716,17 +706,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--out", type=Path, default=Path("figures"), help="folder of results (default figures)")
     add("--plot-only", action="store_true", help="only draw the results in --out again")
     for f in fields(Config):
-        flag = f"--{f.name.replace('_', '-')}"
-        choices = {"walker": DRIFT, "grid": range(4, 8)}.get(f.name)
-        add(flag, type=f.type, choices=choices, help=f"{f.metadata['help']} (default {f.default})")
+        if f.name not in without:
+            choices = {"walker": DRIFT, "grid": range(4, 8)}.get(f.name)
+            text = f"{f.metadata['help']} (default {f.default})"
+            add(f"--{f.name.replace('_', '-')}", type=f.type, choices=choices, help=text)
     return parser
 
 
 def read_settings(parser: argparse.ArgumentParser, preset: dict) -> tuple:
-    """Config, seeds, and the parsed flags with device, jobs and command filled in; what cannot be
-    stops here, with one sentence."""
-    args = parser.parse_args()  # None where a flag was not given
-    given = {f.name: getattr(args, f.name) for f in fields(Config)}
+    """Config, seeds, and the flags, filled in; what cannot be stops here, with one sentence."""
+    args = parser.parse_args()
+    given = {f.name: getattr(args, f.name, None) for f in fields(Config)}
     given = {name: value for name, value in given.items() if value is not None}
     cfg = Config(**preset | (QUICK if args.quick else {}) | given)
     if args.device == "auto":
@@ -734,32 +724,40 @@ def read_settings(parser: argparse.ArgumentParser, preset: dict) -> tuple:
         args.device = "cuda" if torch.cuda.is_available() else mps
     if args.jobs is None:
         args.jobs = min(8, os.cpu_count() or 1) if args.device == "cpu" else 1
-    if args.seeds is not None and cfg.mazes:
-        parser.error("--mazes N already says how many seeds; leave out --seeds")
-    usual = cfg.mazes or (1 if args.quick else args.jobs)
-    seeds = usual if args.seeds is None else args.seeds
-    for name, value in {**asdict(cfg), "jobs": args.jobs, "seeds": seeds}.items():
-        exempt = name == "walker" or (name == "mazes" and value == 0)
+    count = cfg.mazes or (1 if args.quick else args.jobs)
+    if args.seeds is not None:
+        count = args.seeds
+    check_settings(parser, cfg, args, count)
+    file = Path(sys.argv[0])
+    module = f"-m figures.{file.stem}"
+    args.script = f"python {module if file.parent.name == 'figures' else file.name}"
+    args.command = " ".join([args.script, *sys.argv[1:]])
+    return cfg, list(range(args.first_seed, args.first_seed + count)), args
+
+
+def check_settings(parser: argparse.ArgumentParser, cfg: Config, args, count: int) -> None:
+    for name, value in {**asdict(cfg), "jobs": args.jobs, "seeds": count}.items():
+        exempt = name == "walker" or (name, value) == ("mazes", 0)
         if not exempt and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive and finite, not {value}")
+    if args.seeds is not None and cfg.mazes:
+        parser.error("--mazes N already says how many seeds; leave out --seeds")
+    if not 0 <= args.first_seed < args.first_seed + count <= 1000:
+        parser.error("--first-seed and --seeds or --mazes must stay within seeds 0 to 999")
     if cfg.width % 2:
         parser.error(f"--width {cfg.width} must be even, for two attention heads")
     L = 2 * cfg.grid - 2  # moves
-    need = args.jobs * (0.4 + BYTES_PER_STATE * L * (V + 1) ** L / 2**30)
-    have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    if need > have:
-        parser.error(f"--grid {cfg.grid} takes {need:.0f} GiB, of {have:.0f} here; try --jobs 1")
+    need = args.jobs * (0.4 + BYTES * L * (V + 1) ** L / 2**30)
+    if hasattr(os, "sysconf"):
+        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+        if need > have:
+            parser.error(f"--grid {cfg.grid} takes {need:.0f} GiB, of {have:.0f}; try --jobs 1")
     try:
         torch.zeros(1, device=args.device)  # fails where there is no such device
         args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
     except (RuntimeError, AssertionError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        parser.error(f"--device {args.device} or --out {args.out} cannot be used: {reason}")
-    file = Path(sys.argv[0])
-    name = f"-m figures.{file.stem}" if file.parent.name == "figures" else file.name
-    args.script = f"python {name}"
-    args.command = " ".join([args.script, *sys.argv[1:]])
-    return cfg, list(range(args.first_seed, args.first_seed + seeds)), args
+        parser.error(f"--device {args.device} or --out {args.out}: {str(error).splitlines()[0]}")
 
 
 def main() -> None:
@@ -775,7 +773,7 @@ def main() -> None:
         parser.error(f"{most} phases need at least {most} --steps and {most} --rollouts")
     print(f"{args.device}, float32, laws in float64; {args.jobs} processes, {len(seeds)} seeds")
     result = experiment(cfg, arms, seeds, args)
-    print(f"\n{table(result, COLUMNS)}\n{len(seeds)} seeds in {result['seconds']:.0f} s")
+    print(f"\n{format_table(result, COLUMNS)}\n{len(seeds)} seeds in {result['seconds']:.0f} s")
     parts = {"quick": args.quick, f"ablate_{args.ablate}" if args.ablate else "main": True}
     parts |= {f"grid{cfg.grid}": cfg.grid != 4, "mazes": cfg.mazes, "towards": cfg.walker != "away"}
     file = args.out / ("_".join(part for part, on in parts.items() if on) + ".json")
@@ -785,12 +783,17 @@ def main() -> None:
 
 def redraw(parser: argparse.ArgumentParser, args, draw: Callable) -> None:
     """--plot-only: draws what the same script has written to --out."""
-    results = {file: json.loads(file.read_text()) for file in sorted(args.out.glob("*.json"))}
-    for file, result in results.items():
+    drawn = []
+    for file in sorted(args.out.glob("*.json")):
+        try:
+            result = json.loads(file.read_text())
+        except ValueError:
+            parser.error(f"{file} is no JSON: delete it, or make it again")
         if "bases" in result and result["command"].startswith(args.script):
-            print("wrote", draw(result, file.with_suffix(".png")))
-    if not results:
-        parser.error(f"no JSON in {args.out}: run without --plot-only first, or change --out")
+            drawn.append(draw(result, file.with_suffix(".png")))
+    if not drawn:
+        parser.error(f"no JSON of this script in {args.out}: run without --plot-only first")
+    print("wrote", *drawn)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a control variate does to the gradient, and what that does to a run.
 
-    python -m figures.control_variate --seeds 5     14 minutes on 2 cores
+    python -m figures.control_variate --seeds 5     15 minutes on 2 cores
 
 Left: the six arms of `maze_lab.py --ablate cv`, final KL beside gradient variance. Right: the
 variance against h for an exact teacher near the end of the way, by enumeration.
@@ -82,29 +82,18 @@ class ExactBestC:
 
 def run_arm(cfg: lab.Config, arm: lab.Arm, base: dict, device: str) -> dict:
     """As `maze_lab.run_arm`, with grad_var."""
-    maze = lab.make_maze(cfg, base["seed"])
-    net = base["net"].to(device)
-    judge = lab.Judge(maze, lab.tabulate(net, maze.L))
-    variances = []
-
-    def watched():
-        schedule = lab.make_schedule(arm, cfg, judge)
-        for number, phase in enumerate(lab.tilt(net, maze, arm, cfg, schedule, base["seed"])):
-            if number % 4 == 0:
-                variances.append(phase_variance(phase, maze, judge, arm))
-            yield phase
-
-    trace = list(lab.follow(watched(), judge))
-    row = lab.make_row(arm.name, base["seed"], trace)
+    row = lab.run_arm(cfg, arm, base, device, look=phase_variance)
+    variances = [record["grad_var"] for record in row["trace"][::4]]
     return row | {"grad_var": sum(variances) / len(variances)}
 
 
-def phase_variance(phase: lab.Phase, maze: lab.Maze, judge: lab.Judge, arm: lab.Arm) -> float:
+def phase_variance(phase: lab.Phase, judge: lab.Judge, arm: lab.Arm) -> dict:
     w = dtm.tilt_weight(judge.r, phase.h)
     if arm.normalize:
-        w = w / dtm.tilt_weight(maze.reward(phase.x1), phase.h).mean().cpu()
+        w = w / dtm.tilt_weight(phase.r, phase.h).mean().cpu()
     teacher = dtm.Table(phase.teacher.logits.cpu())
-    return gradient_variance(teacher, lab.law(phase.teacher), w, phase.control)
+    variance = gradient_variance(teacher, lab.law(phase.teacher), w, phase.control)
+    return {"grad_var": variance}
 
 
 def exact_teachers(judge: lab.Judge, a_end: float) -> list[dict]:
@@ -151,15 +140,17 @@ def draw(result: dict, path: Path) -> Path:
         runs.annotate(name, centre, (8, 4), **beside, color=colour)
         line = [p for p in result["exact"] if p["a"] == last and p["arm"] == name]
         exact.plot([p["h"] for p in line], [p["grad_var"] for p in line], ".-", color=colour)
-        if name in ("c = 0", "c = 1", "learned c"):  # the others lie between, in the left's colours
-            exact.annotate(f" {name}", (0.1, line[0]["grad_var"]), (-4, 5), **beside, color=colour)
+        if name in ("c = 0", "c = 1", "learned c"):  # the others lie between
+            start = (line[0]["h"], line[0]["grad_var"])
+            exact.annotate(name, start, (10, -10), **beside, color=colour)
     runs.set(xscale="log", yscale="log", xlabel="gradient variance in the run")
     runs.set(ylabel="final KL to the target, nats", xlim=(None, 2.5))
     exact.set(xscale="log", yscale="log", xlabel="tilt increment h", ylabel="gradient variance")
     exact.set_title(f"exact teacher at a = {last:g}", fontsize=10)
     nearest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "kl")[0])
     quietest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "grad_var")[0])
-    figure.suptitle(f"'{quietest}' has the least gradient variance, '{nearest}' ends nearest")
+    end = "ends nearest to the target" if nearest == quietest else f"'{nearest}' ends nearest"
+    figure.suptitle(f"'{quietest}' has the least gradient variance, and {end}")
     return lab.save_figure(figure, path)
 
 
@@ -175,7 +166,7 @@ def main() -> None:
     result = lab.experiment(cfg, lab.ABLATIONS["cv"], seeds, args, run_arm)
     maze, net = lab.make_maze(cfg, seeds[0]), result["nets"][seeds[0]]
     result["exact"] = exact_teachers(lab.Judge(maze, lab.tabulate(net, maze.L)), cfg.a_end)
-    print(lab.table(result, lab.COLUMNS | {"grad_var": "grad. variance"}))
+    print(lab.format_table(result, lab.COLUMNS | {"grad_var": "grad. variance"}))
     lab.save_result(file, result)
     print("wrote", file, draw(result, file.with_suffix(".png")))
 

@@ -6,10 +6,14 @@ with a learned c. Each panel unmasks paths in random order: a line where the mov
 are known, trails of the earlier paths behind it. One trail out of five is collapse.
 """
 
+import argparse
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
+from tqdm import tqdm
 
 import dtm
 import maze_lab as lab
@@ -22,17 +26,15 @@ NO_KL = 1e9  # a tilt at which the KL to the base weighs nothing
 REWARD_ALONE = rivals.Method("reward alone", 5e-4, objective="elbo_reinforce", rise=0.0)
 
 
-def train(maze: lab.Maze, base: lab.MazeNet, cfg: lab.Config, seed: int) -> dict[str, nn.Module]:
-    """The three models, by name."""
+def train(maze: lab.Maze, base: lab.MazeNet, cfg: lab.Config, seed: int) -> Iterator[tuple]:
+    """Yields the three models with their names."""
     judge = lab.Judge(maze, lab.tabulate(base, maze.L))
-    models = {}
-    for look in rivals.compete(REWARD_ALONE, replace(cfg, a_end=NO_KL), maze, base, seed):
-        models["reward alone"] = look.student
+    *_, look = rivals.compete(REWARD_ALONE, replace(cfg, a_end=NO_KL), maze, base, seed)
+    yield "reward alone", look.student
     for name, arm in (("one jump", lab.ONE_JUMP), ("annealed, learned c", lab.LEARNED)):
         schedule = lab.make_schedule(arm, cfg, judge)
-        for phase in lab.tilt(base, maze, arm, cfg, schedule, seed):
-            models[name] = phase.student
-    return models
+        *_, phase = lab.tilt(base, maze, arm, cfg, schedule, seed)
+        yield name, phase.student
 
 
 def known_cells(maze: lab.Maze, xt: Tensor) -> list[tuple[int, int]]:
@@ -85,23 +87,27 @@ def animate(
 
 
 def main() -> None:
-    parser = lab.make_parser("An animation: reward alone, one jump, annealed.")
-    cfg, seeds, args = lab.read_settings(parser, preset={})
-    if args.plot_only or cfg.grid != 4 or args.device != "cpu":
-        parser.error("the animation trains its models on the 4 x 4 maze, on a CPU")
+    parser = argparse.ArgumentParser(description="Draws OUT/maze.gif, on a CPU.")
+    parser.add_argument("--seed", type=int, default=0, help="of base, models and paths (default 0)")
+    parser.add_argument("--quick", action="store_true", help=f"a sketch: {lab.QUICK}")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="default figures")
+    args = parser.parse_args()
+    if not args.out.is_dir() or args.seed < 0:
+        parser.error(f"--out {args.out} must be a folder and --seed {args.seed} not negative")
     torch.set_num_threads(1)
-    maze = lab.make_maze(cfg, seeds[0])
-    base = lab.train_base(maze, cfg, seeds[0], args.device)
+    cfg = lab.Config(**(lab.QUICK if args.quick else {}))
+    maze = lab.make_maze(cfg)
+    base = lab.train_base(maze, cfg, args.seed, "cpu")
     judge = lab.Judge(maze, lab.tabulate(base, maze.L))
-    noise = Generator().manual_seed(seeds[0])
+    noise = Generator().manual_seed(args.seed)
     episodes, titles = {}, {}
-    for name, model in train(maze, base, cfg, seeds[0]).items():
+    for name, model in tqdm(train(maze, base, cfg, args.seed), total=3, unit="model"):
         found = judge.measure(lab.tabulate(model, maze.L), cfg.a_end)
         modes = f"{found['modes']:.1f} of {found['target_modes']:.1f} paths"
         titles[name] = f"{name}\nsuccess {found['success']:.2f}, {modes}"
-        print(titles[name].replace("\n", ": "))
         blank = torch.full((EPISODES, maze.L), MASK)
         episodes[name] = list(dtm.sample(model, blank, MASK, generator=noise))
+    print(*[title.replace("\n", ": ") for title in titles.values()], sep="\n")
     file = args.out / ("quick_maze.gif" if args.quick else "maze.gif")
     animate(maze, episodes, titles, file)
     print("wrote", file)

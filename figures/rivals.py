@@ -175,7 +175,7 @@ def exact_reinforce(b: Batch) -> Tensor:
     r = b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
     gain = r - (log_now.detach() - log_base) / b.a
     ratio = (log_now.detach() - log_old).exp().clamp(max=2)
-    p = count.cpu() / count.sum() * ratio  # sampled from old, so the ratio reweighs
+    p = count.cpu() / count.sum() * ratio  # drawn from old: the ratio reweighs
     return -(p * (gain - p @ gain / p.sum()) * log_now).sum()
 
 
@@ -204,11 +204,11 @@ def dmpo_weights(
     """Weights (..., G) of a prompt's G completions, from rewards and log-likelihoods (..., G).
 
         D = log_pre - log_cur,   u = softmax_G(c (D + r/alpha)),   v = softmax_G(c (D - r/alpha))
-        "none" u | "mean" u - 1/G | "unbiased" u - softmax_G(log_theta - log_cur) | "neg" u - s v
+        "none" u | "mean" u - 1/G | "unbiased" u - softmax_G(log_theta - log_cur)            (D10)
+        "neg", as shipped: u - s v
 
     cur drew the completions, pre is the base, theta the student; in practice the bounds (D6) stand
-    in for log-likelihoods. With exact ones u is rho_0 e^{r/alpha} / rho_cur, normalised: tilt
-    1/alpha in one jump. Raises ValueError for shapes, alpha <= 0, an unknown baseline."""
+    in for log-likelihoods. With exact ones u is rho_0 e^{r/alpha} / rho_cur, normalised."""
     same = r.shape == log_cur.shape == log_pre.shape
     check(same, "dmpo_weights: r, log_cur, log_pre must share a shape (..., G)")
     known = baseline in ("none", "mean", "unbiased", "neg")
@@ -320,8 +320,8 @@ class FrontierJudge(lab.Judge):
 
 
 @dataclass
-class Round:
-    """A look at a rival's run; measuring is outside, as with `maze_lab.tilt`."""
+class Look:
+    """At a rival's run; measuring is outside, as with `maze_lab.tilt`."""
 
     a: float  # the target's tilt
     student: lab.MazeNet
@@ -331,7 +331,7 @@ class Round:
 
 def compete(
     method: Method, cfg: lab.Config, maze: lab.Maze, base: lab.MazeNet, seed: int
-) -> Iterator[Round]:
+) -> Iterator[Look]:
     """A rival, until it has spent what c-DTM spends. Yields 16 looks, the last at the end."""
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
@@ -345,14 +345,13 @@ def compete(
     seconds = 0.0
     for k in range(method.rounds):
         clock = time.perf_counter()
-        done = (k + 1) / method.rounds
-        a = cfg.a_end * (min(1.0, done / method.rise) if method.rise else 1.0)
+        a = cfg.a_end * min(1.0, (k + 1) / method.rounds / max(method.rise, 1e-9))
         old = meter.watch(copy.deepcopy(student).requires_grad_(False))
         *_, x = dtm.sample(old, blank, MASK, generator=noise)
         r = maze.reward(x)
         u = torch.rand(len(x), generator=noise, device=device)
         start, stop = meter.spent, total * (k + 1) / method.rounds
-        weight = r
+        weight = r  # read by DMPO alone
         if method.objective == "dmpo":
             weight = dmpo_round(old, reference, x, r, a, method.baseline, noise)
         while meter.spent < stop:
@@ -364,7 +363,7 @@ def compete(
             lab.take_step(optimiser, loss, method.lr * (1 - meter.spent / total))
         seconds += time.perf_counter() - clock
         if (k + 1) % max(1, method.rounds // 16) == 0:
-            yield Round(a, student, meter.spent, seconds)
+            yield Look(a, student, meter.spent, seconds)
 
 
 def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict:
@@ -381,7 +380,7 @@ def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict
         cfg = replace(cfg, lr=method.lr)
         schedule = lab.make_schedule(method.arm, cfg, judge)
         phases = lab.tilt(net, maze, method.arm, cfg, schedule, base["seed"])
-        for record in lab.follow(phases, judge):
+        for _, record in lab.follow(phases, judge):
             share = (len(trace) + 1) / method.arm.phases
             trace.append(record | {"evaluations": round(share * budget(cfg, maze.L))})
     return lab.make_row(method.name, base["seed"], trace)
@@ -403,7 +402,7 @@ def draw(result: dict, path: Path) -> Path:
     """Left: how far each method ends from the target. Right: what its reward costs in KL."""
     plt = lab.pyplot()
     figure, (dots, plane) = plt.subplots(1, 2, figsize=(8.8, 4.4), layout="constrained")
-    methods = lab.by_arm(result)
+    methods, a_end = lab.by_arm(result), result["config"]["a_end"]
     for place, rows in enumerate(methods.values()):
         colour = lab.COLOURS[place % len(lab.COLOURS)]
         for row in rows:
@@ -416,12 +415,12 @@ def draw(result: dict, path: Path) -> Path:
     for base in result["bases"]:
         values = torch.tensor(base["reward_law"]["values"]).double()
         p = torch.tensor(base["reward_law"]["p"]).double()
-        tilts = [dtm.exact_tilt(p, values, 32.0 * (i / 20) ** 2) for i in range(41)]
+        tilts = [dtm.exact_tilt(p, values, a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
         costs = [lab.kl(tilt, p) for tilt in tilts]
         plane.plot(costs, [(tilt @ values).item() for tilt in tilts], "k-", lw=0.8)
     dots.set_yticks(range(len(methods)), [f"{name} {k}" for k, name in enumerate(methods, 1)])
-    dots.invert_yaxis()
     dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats: seeds and mean")
+    dots.invert_yaxis()
     plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
     means = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
     best = sorted(means, key=means.get)[:2]
@@ -430,7 +429,8 @@ def draw(result: dict, path: Path) -> Path:
 
 
 def main() -> None:
-    parser = lab.make_parser("c-DTM and its rivals at equal network evaluations.")
+    what = "c-DTM and its rivals at equal network evaluations: 3200 steps, a rate a method."
+    parser = lab.make_parser(what, without=("phases",))
     cfg, seeds, args = lab.read_settings(parser, preset={"steps": 3200})
     file = args.out / ("quick_rivals.json" if args.quick else "rivals.json")
     if args.plot_only:
@@ -441,7 +441,7 @@ def main() -> None:
     if cfg.rollouts < least:
         parser.error(f"{least // 2} rounds need at least {least} --rollouts")
     result = lab.experiment(cfg, methods, seeds, args, run_method)
-    print(lab.table(result, COLUMNS))
+    print(lab.format_table(result, COLUMNS))
     lab.save_result(file, result)
     print("wrote", file, draw(result, file.with_suffix(".png")))
 

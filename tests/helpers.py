@@ -29,7 +29,7 @@ def run_tilt(base, arm, cfg, seed):
     judge = judge_of(base)
     schedule = lab.make_schedule(arm, cfg, judge)
     phases = lab.tilt(base, SMALL, arm, cfg, schedule, seed)
-    return [record | {"seconds": 0} for record in lab.follow(phases, judge)]
+    return [record | {"seconds": 0} for _, record in lab.follow(phases, judge)]
 
 
 def command(*args):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import CFG, SMALL, L, V, base_net, command, counts_of, draw, judge_of, rejects, table
+from PIL import Image
 from torch import Generator
 
 import dtm
@@ -143,7 +144,7 @@ TINY = "--quick --steps 32 --rollouts 256 --base-steps 8 --jobs 2 --seeds 1".spl
     ],
 )
 def test_each_script_makes_its_table_json_and_png_and_redraws(tmp_path, name, key):
-    settings = [*TINY, *(["--phases", "16"] if name == "phases" else [])]
+    settings = [*TINY, *(["--phases", "2"] if name == "decoding_order" else [])]
     ran = command("-m", f"figures.{name}", *settings, "--out", tmp_path)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / f"quick_{name}.json").read_text())
@@ -155,3 +156,11 @@ def test_each_script_makes_its_table_json_and_png_and_redraws(tmp_path, name, ke
     picture.unlink()
     again = command("-m", f"figures.{name}", "--plot-only", "--out", tmp_path)
     assert again.returncode == 0 and picture.read_bytes() == before
+
+
+def test_the_animation_is_small_and_complete(tmp_path):
+    ran = command("-m", "figures.maze_gif", "--quick", "--out", tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    with Image.open(tmp_path / "quick_maze.gif") as image:
+        assert image.n_frames > 30 and image.size[0] <= 1000
+    assert (tmp_path / "quick_maze.gif").stat().st_size < 2_000_000

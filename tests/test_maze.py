@@ -271,6 +271,15 @@ def test_schedules_say_what_they_know():
     assert by_rollouts(h, r) == pytest.approx(8.0 - h)  # the last phase takes what is left
 
 
+def test_an_unknown_control_or_schedule_is_no_other_one():
+    with pytest.raises(KeyError, match="learned"):
+        lab.make_control(lab.Arm("x", control="learned"), SMALL.L, "cpu")
+    with pytest.raises(ValueError, match="no schedule 'equal'"):
+        lab.make_schedule(lab.Arm("x", schedule="equal"), CFG, judge_of(base_net()))
+    half = lab.make_control(lab.Arm("x", c=0.5), SMALL.L, "cpu")
+    assert half(None, None) == 0.5
+
+
 # ---- the command line ----------------------------------------------------------------------------
 TINY = "--quick --steps 16 --rollouts 128 --phases 2 --base-steps 8 --jobs 2".split()
 KEYS = {"arm", "seed", "kl", "success", "target_success", "modes", "target_modes", "seconds"}
@@ -296,6 +305,18 @@ def test_the_lab_runs_end_to_end_and_redraws(tmp_path):
     assert picture.read_bytes() == before
 
 
+def test_a_run_that_fails_says_so_and_begins_nothing_more(tmp_path):
+    ran = command("maze_lab.py", *TINY, "--a-end", "1e9", "--seeds", 1, "--out", tmp_path)
+    assert ran.returncode == 1 and "overflows" in ran.stderr.splitlines()[-1]
+    assert "Traceback" not in ran.stderr and not list(tmp_path.iterdir())
+
+
+def test_plot_only_says_what_it_cannot_read(tmp_path):
+    (tmp_path / "main.json").write_text("{half")
+    ran = command("maze_lab.py", "--plot-only", "--out", tmp_path)
+    assert ran.returncode == 2 and "main.json" in ran.stderr.splitlines()[-1]
+
+
 def test_one_more_arm_or_ten_never_break_the_figure(tmp_path):
     row = {"seed": 0, "kl": 1.0, "success": 0.5, "modes": 2.0, "kl_modes": 0.1}
     row |= {"paths": [0.5, 0.5]}
@@ -305,7 +326,7 @@ def test_one_more_arm_or_ten_never_break_the_figure(tmp_path):
         rows = [row | {"arm": arm["name"]} for arm in arms]
         result = {"arms": arms, "rows": rows, "bases": [row], "seeds": [0]}
         assert lab.draw(result, tmp_path / "arms.png").stat().st_size > 5_000
-        assert len(lab.table(result, lab.COLUMNS).splitlines()) == count + 2
+        assert len(lab.format_table(result, lab.COLUMNS).splitlines()) == count + 2
 
 
 @pytest.mark.parametrize(
@@ -322,6 +343,9 @@ def test_one_more_arm_or_ten_never_break_the_figure(tmp_path):
         (["--ablate", "colour"], "ablate"),
         (["--mazes", "-1"], "mazes"),
         (["--mazes", "2", "--seeds", "3"], "mazes"),
+        (["--first-seed", "-1"], "first-seed"),
+        (["--mazes", "2", "--first-seed", "2500"], "first-seed"),
+        (["--out", "README.md"], "README.md"),
         (["--plot-only"], "JSON"),
         (["--batch", "x"], "batch"),
     ],
