@@ -1,6 +1,6 @@
 """How many phases, and the regret bound along the way.
 
-    python -m figures.phases --seeds 5     25 minutes on 2 cores
+    python -m figures.phases --seeds 5     41 minutes on one core
 
 Runs the arms of `maze_lab.py --ablate anneal`, and takes both sides of (D12) in every phase, from
 the law of that phase's own teacher: phase_kl <= phase_bound, nats.

@@ -269,8 +269,7 @@ OBJECTIVES = {
 class Meter:
     """Counts network evaluations."""
 
-    def __init__(self):
-        self.spent = 0
+    spent = 0
 
     def watch(self, model: nn.Module) -> Callable:
         def metered(xt: Tensor, where: Tensor | None = None) -> Tensor:
@@ -321,7 +320,7 @@ class FrontierJudge(lab.Judge):
 
 @dataclass
 class Look:
-    """At a rival's run; measuring is outside, as with `maze_lab.tilt`."""
+    """At a rival's run, from outside, as with `maze_lab.tilt`."""
 
     a: float  # the target's tilt
     student: lab.MazeNet
@@ -406,7 +405,7 @@ def draw(result: dict, path: Path) -> Path:
     for place, rows in enumerate(methods.values()):
         colour = lab.COLOURS[place % len(lab.COLOURS)]
         for row in rows:
-            dots.plot(row["kl_reverse"], place, "o", ms=3, color=colour, alpha=0.5)
+            dots.plot(row["kl_reverse"], place, ".", color=colour, alpha=0.5)
         mean, _ = lab.mean_and_error(rows, "kl_reverse")
         dots.plot(mean, place, "|", ms=14, mew=2.5, color=colour)
         spot = [lab.mean_and_error(rows, key)[0] for key in ("kl_base", "reward")]
@@ -418,13 +417,15 @@ def draw(result: dict, path: Path) -> Path:
         tilts = [dtm.exact_tilt(p, values, a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
         costs = [lab.kl(tilt, p) for tilt in tilts]
         plane.plot(costs, [(tilt @ values).item() for tilt in tilts], "k-", lw=0.8)
-    dots.set_yticks(range(len(methods)), [f"{name} {k}" for k, name in enumerate(methods, 1)])
-    dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats: seeds and mean")
+    dots.set_yticks(range(len(methods)), [f"{k} {name}" for k, name in enumerate(methods, 1)])
+    dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats")
     dots.invert_yaxis()
+    least = [0.9 * min(row[key] for row in result["rows"]) for key in ("kl_base", "reward")]
+    plane.set(xlim=(least[0], None), ylim=(least[1], 1.02))
     plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
     means = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
-    best = sorted(means, key=means.get)[:2]
-    figure.suptitle(f"'{best[0]}' ends nearest to the target, '{best[1]}' next")
+    first, second = sorted(means, key=means.get)[:2]
+    figure.suptitle(f"'{first}' ends nearest to the target, '{second}' next")
     return lab.save_figure(figure, path)
 
 
