@@ -66,8 +66,8 @@ def sequence_law(model: Callable, x: Tensor, mask_id: int) -> Tensor:
     once."""
     n, L = x.shape
     known = dtm.all_sequences(2, L, x.device).bool()  # (2^L, L)
-    xt = torch.where(known[:, None], x, mask_id).flatten(0, 1)  # (2^L n, L)
-    xt, which = xt.unique(dim=0, return_inverse=True)
+    xt = torch.where(known[:, None], x, mask_id)  # (2^L, n, L)
+    xt, which = xt.flatten(0, 1).unique(dim=0, return_inverse=True)
     logits = torch.cat([model(part).cpu() for part in xt.split(2**14)])
     p = logits.double().softmax(-1)[which.cpu()]  # (2^L n, L, V)
     p = p.gather(-1, x.cpu().repeat(len(known), 1)[..., None]).view(len(known), n, L)
@@ -303,8 +303,7 @@ class FrontierJudge(lab.Judge):
         }
 
     def frontier(self, rho: Tensor) -> float:
-        """min_a KL(rho || rho_a), at the tilt that has rho's reward; there it equals
-        KL(rho || rho_0) - KL(rho_a || rho_0)."""
+        """min_a KL(rho || rho_a), at the tilt of the same reward: a difference of KLs to rho_0."""
         values, p = lab.reward_law(self.rho_0, self.r)
         reward = rho @ self.r.double()
         low, high = -1e3, 1e3
@@ -331,7 +330,7 @@ class Look:
 def compete(
     method: Method, cfg: lab.Config, maze: lab.Maze, base: lab.MazeNet, seed: int
 ) -> Iterator[Look]:
-    """A rival, until it has spent what c-DTM spends. Yields 16 looks, the last at the end."""
+    """A rival, until it has spent what c-DTM spends; 16 looks at it, the last at the end."""
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
     meter = Meter()
@@ -404,11 +403,11 @@ def draw(result: dict, path: Path) -> Path:
     methods, a_end = lab.by_arm(result), result["config"]["a_end"]
     for place, rows in enumerate(methods.values()):
         colour = lab.COLOURS[place % len(lab.COLOURS)]
-        for row in rows:
-            dots.plot(row["kl_reverse"], place, ".", color=colour, alpha=0.5)
-        mean, _ = lab.mean_and_error(rows, "kl_reverse")
+        each = [row["kl_reverse"] for row in rows]
+        dots.plot(each, [place] * len(each), ".", color=colour, alpha=0.5)
+        keys = ("kl_reverse", "kl_base", "reward")
+        mean, *spot = [lab.mean_and_error(rows, key)[0] for key in keys]
         dots.plot(mean, place, "|", ms=14, mew=2.5, color=colour)
-        spot = [lab.mean_and_error(rows, key)[0] for key in ("kl_base", "reward")]
         plane.plot(*spot, "o", color=colour)
         plane.annotate(f" {place + 1}", spot, color=colour, va="center")
     for base in result["bases"]:
@@ -423,15 +422,15 @@ def draw(result: dict, path: Path) -> Path:
     least = [0.9 * min(row[key] for row in result["rows"]) for key in ("kl_base", "reward")]
     plane.set(xlim=(least[0], None), ylim=(least[1], 1.02))
     plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
-    means = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
-    first, second = sorted(means, key=means.get)[:2]
+    ends = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
+    first, second = sorted(ends, key=ends.get)[:2]
     figure.suptitle(f"'{first}' ends nearest to the target, '{second}' next")
     return lab.save_figure(figure, path)
 
 
 def main() -> None:
-    what = "c-DTM and its rivals at equal network evaluations: 3200 steps, a rate a method."
-    parser = lab.make_parser(what, without=("phases",))
+    about = "c-DTM and its rivals at equal evaluations: 3200 steps, a learning rate a method."
+    parser = lab.make_parser(about, without=("phases",))
     cfg, seeds, args = lab.read_settings(parser, preset={"steps": 3200})
     file = args.out / ("quick_rivals.json" if args.quick else "rivals.json")
     if args.plot_only:
