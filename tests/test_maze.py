@@ -131,6 +131,20 @@ def test_tabulated_net_is_the_net():
     torch.testing.assert_close(tabled, net(xt, where).detach(), atol=1e-5, rtol=1e-5)
 
 
+def test_D11_a_law_too_large_for_one_piece_is_exact_too():
+    """177,147 states, several pieces a level; with independent positions the law is a product."""
+    length = 11
+    logits = torch.randn(length, 2, generator=Generator().manual_seed(0)).double()
+
+    def independent(xt, where):
+        return logits.expand(len(xt), -1, -1)[where]
+
+    rho = dtm.exact_marginal(independent, 2, length)
+    x = dtm.all_sequences(2, length)
+    chances = logits.softmax(-1).expand(len(x), -1, -1).gather(-1, x[..., None])[..., 0]
+    torch.testing.assert_close(rho, chances.prod(1))
+
+
 def test_where_gives_the_gathered_logits():
     net, g = random_net(), Generator().manual_seed(0)
     xt, mask = dtm.mask_random(torch.randint(V, (9, MAZE.L), generator=g), MASK, g)
