@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Generator
 
 import dtm
 import maze_lab as lab
-from figures import control_variate, decoding_order, phases
+from figures import control_variate, decoding_order, maze_gif, phases
 
 VOCABULARY = lab.V  # 4, where V is the samplers' 3
 
@@ -131,7 +132,7 @@ def test_certainty_keeps_the_law_of_a_consistent_model_and_confidence_does_not()
 
 
 # ---- the commands --------------------------------------------------------------------------------
-TINY = "--quick --steps 32 --rollouts 256 --base-steps 8 --jobs 2 --seeds 1".split()
+TINY = "--quick --steps 32 --rollouts 256 --batch 8 --base-steps 8 --jobs 2 --seeds 1".split()
 
 
 @pytest.mark.parametrize(
@@ -158,9 +159,23 @@ def test_each_script_makes_its_table_json_and_png_and_redraws(tmp_path, name, ke
     assert again.returncode == 0 and picture.read_bytes() == before
 
 
-def test_the_animation_is_small_and_complete(tmp_path):
-    ran = command("-m", "figures.maze_gif", "--quick", "--out", tmp_path)
-    assert ran.returncode == 0, ran.stderr
+def test_the_animation_is_small_and_complete(tmp_path, monkeypatch, capsys):
+    tiny = {"base_steps": 8, "base_batch": 32, "steps": 16, "phases": 2, "rollouts": 256}
+    monkeypatch.setattr(lab, "QUICK", tiny)
+    monkeypatch.setattr(sys, "argv", ["maze_gif.py", "--quick", "--out", str(tmp_path)])
+    maze_gif.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("reward alone", "one jump", "annealed, learned c"))
     with Image.open(tmp_path / "quick_maze.gif") as image:
         assert image.n_frames > 30 and image.size[0] <= 1000
     assert (tmp_path / "quick_maze.gif").stat().st_size < 2_000_000
+
+
+def test_a_path_is_drawn_as_far_as_it_is_known():
+    maze = lab.make_maze(lab.Config())
+    finished = torch.tensor([1, 2, 2, 1, 2, 1])
+    through = [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
+    assert maze_gif.known_cells(maze, finished) == through
+    hidden = torch.tensor([1, 2, lab.MASK, 1, lab.MASK, 1])
+    assert maze_gif.known_cells(maze, hidden) == through[:3]
+    assert maze_gif.known_cells(maze, torch.full((6,), lab.MASK)) == through[:1]

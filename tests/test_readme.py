@@ -5,7 +5,6 @@ import inspect
 import math
 import re
 import shlex
-import subprocess
 import sys
 from unittest.mock import MagicMock
 
@@ -88,12 +87,14 @@ def test_there_are_commands_to_check():
     assert len(named_commands()) > 15
 
 
-@pytest.mark.parametrize("selection", sorted(set(re.findall(r"`pytest -k (.+?)`", README))))
-def test_every_named_selection_has_tests(selection):
-    words = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-k", selection.strip('"')]
-    files = [str(ROOT / "tests" / f"test_{name}.py") for name in ("dtm", "rivals", "figures")]
-    ran = subprocess.run([*words, *files], cwd=ROOT, capture_output=True, text=True)
-    assert ran.returncode == 0 and "::test" in ran.stdout
+def test_every_named_selection_has_tests():
+    written = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    tests = re.findall(r"^def (test_\w+)", written, re.M)
+    selections = re.findall(r"`pytest -k (.+?)`", README)
+    assert len(selections) > 5
+    for selection in selections:
+        for word in selection.strip('"').split(" or "):  # -k matches a part of a name
+            assert any(f"_{word}_" in name for name in tests), word
 
 
 # ---- names ---------------------------------------------------------------------------------------
