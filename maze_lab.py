@@ -6,9 +6,9 @@
 
 THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a
 move into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
-r = 1 - dist(end, goal) / dist(start, goal), below 0 where some random maze leads farther away than
-it starts. L is the length of a shortest path, so r = 1 exactly on the shortest
-paths: they are the modes, and "no collapse" is to keep them all. The default maze:
+r = 1 - dist(end, goal) / dist(start, goal), below 0 where a random maze leads farther away than it
+starts. L is the length of a shortest path, so r = 1 exactly on the shortest paths: they are the
+modes, and "no collapse" is to keep them all. The default maze:
 
     S . # #     S start, G goal, # wall; L = 6, 5 shortest paths. "right down down right down right"
     . . . .     is [1, 2, 2, 1, 2, 1] and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times
@@ -578,15 +578,15 @@ def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = 
         sys.exit(f"stopped: {error}")
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C, too, nothing more is begun
-    nets = {base["seed"]: base.pop("net") for base in bases}  # for scripts; not JSON
     return {
         "command": args.command,
         "seeds": seeds,
         "seconds": time.time() - start,
         "config": asdict(cfg),
         "arms": [asdict(arm) for arm in arms],
-        "machine": [platform.platform(), os.cpu_count(), args.device, torch.__version__],
-        "nets": nets,
+        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": args.device},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "nets": {base["seed"]: base.pop("net") for base in bases},  # for scripts; not in the JSON
         "bases": sorted(bases, key=lambda base: base["seed"]),
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
