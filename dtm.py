@@ -5,7 +5,7 @@ it to a reward r without sequence likelihoods: it moves the model through tilted
 h, and each step is a weighted cross-entropy at partly masked states.
 
 GLOSSARY      shape      meaning                                                     place
-V, L, k, M               tokens; length of a completion (without its prompt); masks in a row, in all
+V, L, k, M               vocabulary; completion length (no prompt); masks in a row, in the batch
 x1            (B, L)     finished sequences, drawn from rho_a
 xt, mask      (B, L)     a state: x1 with some positions replaced by MASK; mask: those to train
 rho_a(x)      (V**L,)    law of the sequences at tilt a, proportional to rho_0 e^{a r}         (D1)

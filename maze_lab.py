@@ -689,7 +689,7 @@ def draw(result: dict, path: Path) -> Path:
     kept, goal = [mean_and_error(arms[best], key)[0] for key in ("modes", "target_modes")]
     axis.set_title(f"'{best}' keeps {kept:.1f} of {goal:.1f} shortest paths, a shade each")
     axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 8 else 20)
-    axis.set(ylabel="probability of each shortest path", ylim=(0, 1.1))
+    axis.set(ylabel="probability; a bar is a seed", ylim=(0, 1.1))
     return save_figure(figure, path)
 
 

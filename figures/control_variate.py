@@ -1,6 +1,6 @@
 """What a control variate does to the gradient, and what that does to a run.
 
-    python -m figures.control_variate --seeds 5     15 minutes on 2 cores
+    python -m figures.control_variate --seeds 5     half an hour on 2 cores
 
 Left: the six arms of `maze_lab.py --ablate cv`, final KL beside gradient variance. Right: the
 variance against h for an exact teacher near the end of the way, by enumeration.
@@ -148,11 +148,12 @@ def draw(result: dict, path: Path) -> Path:
         exact.plot([p["h"] for p in line], [p["grad_var"] for p in line], ".-", color=colour)
         if name in ("c = 0", "c = 1", "learned c"):  # the others lie between
             start = (line[0]["h"], line[0]["grad_var"])
-            exact.annotate(name, start, (10, -10), **beside, color=colour)
+            label = "best c(xt, i)" if name == "learned c" else name
+            exact.annotate(label, start, (12, -6), **beside, color=colour)
     runs.set(xscale="log", yscale="log", xlabel="gradient variance in the run")
     runs.set(ylabel="final KL to the target, nats", xlim=(None, 2.5))
     exact.set(xscale="log", yscale="log", xlabel="tilt increment h", ylabel="gradient variance")
-    exact.set_title(f"exact teacher at a = {last:g}", fontsize=10)
+    exact.set_title(f"exact teacher and best c at a = {last:g}, one seed", fontsize=10)
     nearest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "kl")[0])
     quietest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "grad_var")[0])
     end = "ends nearest to the target" if nearest == quietest else f"'{nearest}' ends nearest"

@@ -75,7 +75,9 @@ def draw(result: dict, path: Path) -> Path:
         exact.annotate(f"  {name}", spot, (0, lift), textcoords="offset points", color=colour)
     runs.set_xticks(range(len(arms)), arms)
     runs.set(yscale="log", ylabel="final KL of the run, nats", xlim=(-0.5, len(arms) - 0.2))
-    exact.set(xlabel="tilt a of an exact teacher", ylabel="KL(rho_a || law of the order), nats")
+    exact.set(
+        xlabel="tilt a of an exact teacher, one seed", ylabel="KL(rho_a || law of the order), nats"
+    )
     exact.set_xlim(right=1.6 * tilts[-1])
     ends = {name: lab.mean_and_error(rows, "kl")[0] for name, rows in arms.items()}
     worst, best = max(ends, key=ends.get), min(ends, key=ends.get)

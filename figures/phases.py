@@ -42,7 +42,11 @@ def draw(result: dict, path: Path) -> Path:
     figure, (way, final) = plt.subplots(1, 2, figsize=(8.8, 3.6), layout="constrained")
     arms = lab.by_arm(result)
     tilts = along(arms[SHOWN], "a")
-    lines = {"regret / Z": "phase_bound", "KL to rho_a": "kl", "KL of the phase": "phase_kl"}
+    lines = {
+        "regret / Z": "phase_bound",
+        "KL so far, to rho_a": "kl",
+        "KL of the phase": "phase_kl",
+    }
     for place, (name, key) in enumerate(lines.items()):
         values = along(arms[SHOWN], key)
         colour = lab.COLOURS[place]
@@ -59,13 +63,13 @@ def draw(result: dict, path: Path) -> Path:
         if not planned:
             final.annotate(f"{arm} ", (count, mean), color=colour, ha="right", va="bottom")
     way.set(yscale="log", xlabel="tilt a", ylabel="nats")
-    way.set_title(f"{SHOWN}: both sides of the bound (D12)", fontsize=10)
+    way.set_title(f"{SHOWN}: a phase's KL and its bound (D12)", fontsize=10)
     final.set_xscale("log", base=2)
     final.set(yscale="log", xlabel="phases", ylabel="final KL to the target, nats")
     ends = {arm: lab.mean_and_error(rows, "kl")[0] for arm, rows in arms.items()}
     best = min(ends, key=ends.get)
     final.set_title("mean and s.e. of the seeds", fontsize=10)
-    figure.suptitle(f"{best} ends nearest to the target, at {ends[best]:.3f} nats")
+    figure.suptitle(f"The final KL falls with the number of phases, to {ends[best]:.3f} at {best}")
     return lab.save_figure(figure, path)
 
 

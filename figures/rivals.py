@@ -424,7 +424,7 @@ def draw(result: dict, path: Path) -> Path:
     plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
     ends = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
     first, second = sorted(ends, key=ends.get)[:2]
-    figure.suptitle(f"'{first}' ends nearest to the target, '{second}' next")
+    figure.suptitle(f"Least KL(rho_theta || rho_A): '{first}', then '{second}'")
     return lab.save_figure(figure, path)
 
 
