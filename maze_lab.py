@@ -168,9 +168,7 @@ def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> It
     while a < cfg.a_end * (1 - 1e-9):
         # 2. draw from the teacher, score, weigh
         blank = torch.full((cfg.rollouts // phases, maze.L), MASK, device=device)
-        *_, x1 = dtm.sample(
-            teacher, blank, MASK, order=arm.order, generator=noise
-        )  # the last state
+        *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
@@ -253,17 +251,18 @@ class LearnedC:
         return c[mask.to(self.device)]
 
     def learn(self, c, logits, logits_a, token, w, mask) -> None:
-        y, q = dtm.state_c_target(
-            logits_a, logits_a, token, w
-        )  # theta = teacher: y = w, less noise
+        # At theta = teacher, where y = w: less noise than at the student.
+        y, q = dtm.state_c_target(logits_a, logits_a, token, w)
         take_step(self.optimiser, dtm.row_mean(q * (c - y) ** 2, mask), lr=2e-3)
 
 
 def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
     if arm.c is not None:
         return FixedC(arm.c)
-    controls = {"learned c": LearnedC(L, device), "best scalar c": ScalarC(1.0)}
-    return controls[arm.control]
+    if arm.control == "best scalar c":
+        return ScalarC(1.0)
+    dtm.check(arm.control == "learned c", f"{arm.name}: no control {arm.control!r}")
+    return LearnedC(L, device)
 
 
 # ---- 4. Schedules: choose_h(a, r) at tilt a, from the rewards r of the phase's rollouts ----------

@@ -102,13 +102,19 @@ def phase_variance(phase: lab.Phase, judge: lab.Judge, arm: lab.Arm) -> dict:
     return {"grad_var": variance}
 
 
+def exact_teacher(rho: Tensor, L: int) -> dtm.Table:
+    """The posteriors of the law rho as a model: a uniform guess where rho never comes, and no
+    probability below 1e-30, so that logits are finite."""
+    pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L)).nan_to_num(1 / V)
+    return dtm.Table(pi.clamp_min(1e-30).log()).requires_grad_(False)
+
+
 def exact_teachers(judge: lab.Judge, a_end: float) -> list[dict]:
     """grad_var of each arm against h, at three tilts, with the posteriors of rho_a as teacher."""
     points = []
     for a in [share * a_end for share in SHARES]:
         rho = dtm.exact_tilt(judge.rho_0, judge.r, a)
-        pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, judge.x.shape[1]))
-        teacher = dtm.Table(pi.nan_to_num(1 / V).clamp_min(1e-30).log()).requires_grad_(False)
+        teacher = exact_teacher(rho, L=judge.x.shape[1])
         for h in INCREMENTS:
             for name, variance in variances_at(teacher, rho, judge.r, h).items():
                 points.append({"a": a, "h": h, "arm": name, "grad_var": variance})

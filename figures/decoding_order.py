@@ -15,9 +15,8 @@ from torch import Tensor
 
 import dtm
 import maze_lab as lab
+from figures.control_variate import SHARES, exact_teacher
 from maze_lab import V
-
-SHARES = (0.0, 0.4, 0.8)  # of the way to A: where the exact teachers stand
 
 
 def state_choice(p: Tensor) -> Tensor:
@@ -46,8 +45,7 @@ def exact_teachers(judge: lab.Judge, a_end: float) -> list[dict]:
     points = []
     for a in [share * a_end for share in SHARES]:
         rho = dtm.exact_tilt(judge.rho_0, judge.r, a)
-        pi = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L)).nan_to_num(1 / V)
-        teacher = dtm.Table(pi.clamp_min(1e-30).log()).requires_grad_(False)
+        teacher = exact_teacher(rho, L)
         for name, choose in CHOICES.items():
             law = dtm.exact_marginal(teacher, V, L, choose=choose)
             point = {"a": a, "arm": name, "kl": max(0.0, lab.kl(rho, law))}

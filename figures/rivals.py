@@ -419,8 +419,8 @@ def draw(result: dict, path: Path) -> Path:
     dots.set_yticks(range(len(methods)), [f"{k} {name}" for k, name in enumerate(methods, 1)])
     dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats")
     dots.invert_yaxis()
-    least = [0.9 * min(row[key] for row in result["rows"]) for key in ("kl_base", "reward")]
-    plane.set(xlim=(least[0], None), ylim=(least[1], 1.02))
+    plane.set_xlim(left=0.9 * min(row["kl_base"] for row in result["rows"]))
+    plane.set_ylim(0.9 * min(row["reward"] for row in result["rows"]), 1.02)
     plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
     ends = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
     first, second = sorted(ends, key=ends.get)[:2]

@@ -286,7 +286,7 @@ def test_schedules_say_what_they_know():
 
 
 def test_an_unknown_control_or_schedule_is_no_other_one():
-    with pytest.raises(KeyError, match="learned"):
+    with pytest.raises(ValueError, match="no control 'learned'"):
         lab.make_control(lab.Arm("x", control="learned"), SMALL.L, "cpu")
     with pytest.raises(ValueError, match="no schedule 'equal'"):
         lab.make_schedule(lab.Arm("x", schedule="equal"), CFG, judge_of(base_net()))
