@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import dtm
 from dtm import c_dtm_loss, mask_blockwise, mask_random, phases, row_mean, tilt_weight
-from figures import rivals  # for --objective dmpo
+from figures import objectives  # for --objective dmpo
 
 
 def need(ok: bool, message: str) -> None:
@@ -1392,7 +1392,9 @@ class Buffer:
                 x1[part],
                 model.config["mask_token_id"],
             )
-            for _, first in (rivals.mask_bernoulli(y, mask_id, self.generator) for _ in range(2)):
+            for _, first in (
+                objectives.mask_bernoulli(y, mask_id, self.generator) for _ in range(2)
+            ):
                 for mask in (
                     first,
                     ~first | first.all(1, keepdim=True),
@@ -1412,7 +1414,7 @@ class Buffer:
         cfg, r = self.cfg, self.data["r"]
         if cfg.objective == "dmpo":
             groups = [self.data[k].view(-1, cfg.completions) for k in ("r", "log_cur", "log_pre")]
-            return cfg.completions * rivals.dmpo_weights(*groups, 0.04).flatten()
+            return cfg.completions * objectives.dmpo_weights(*groups, 0.04).flatten()
         if cfg.normalize == "batch":
             return tilt_weight(self.everywhere("r"), h, True)[self.ranks.rank * len(r) :][: len(r)]
         return tilt_weight(r, h, cfg.normalize == "group", self.data["row"])
@@ -1659,7 +1661,7 @@ def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tupl
         run.cfg.objective == "dmpo",
     )
     xt, mask = (
-        rivals.mask_bernoulli(x1, mask_id, g)
+        objectives.mask_bernoulli(x1, mask_id, g)
         if dmpo
         else mask_blockwise(x1, mask_id, run.cfg.block, g)
     )  # mask: the active block's

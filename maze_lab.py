@@ -1,6 +1,6 @@
 """The maze lab: Discrete Tilt Matching where every number is known exactly.
 
-    python maze_lab.py                 five arms, from nothing to table and figures
+    python maze_lab.py                 six arms, from nothing to table and figure
     python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess
     python maze_lab.py --mazes 6       a random maze a seed;  --grid 5: a larger one, exact too
 
@@ -60,7 +60,11 @@ V, MASK = 4, 4  # moves; the token of a hidden move
 MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # up, right, down, left
 DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker of the base prefers
 BYTES = 120  # for each state and position, at the peak of a process: measured on --grid 5
-ROLLOUT_ESS = 0.975  # of a phase whose h the rollouts choose; reaches A = 32 in about 32 phases
+BASE_LINE = "seed {seed}: base success {success:.5f}, {jump_ess:.0f} effective rollouts in one jump"
+ROW_LINE = (
+    "seed {seed} {arm:>16}: KL {kl:.3f}, success {success:.3f}, {modes:.2f} paths, {seconds:.0f} s"
+)
+ROLLOUT_ESS = 0.93  # of a phase whose h the rollouts choose; reaches A = 32 in about 16 phases
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
@@ -76,10 +80,11 @@ class Config:
     walker: str = option("away", "drift of the base's walker, away from or towards the goal")
     a_end: float = option(32.0, "final tilt A, per unit of reward")
     rollouts: int = option(32768, "sequences drawn per arm, all phases together")
-    steps: int = option(6400, "gradient steps per arm, all phases together")
-    phases: int = option(32, "annealing phases")
-    batch: int = option(128, "sequences per gradient step")
-    lr: float = option(5e-3, "peak learning rate of a phase, which falls linearly to 0")
+    steps: int = option(1600, "gradient steps per arm, all phases together")
+    phases: int = option(16, "annealing phases")
+    last: float = option(2.0, "rollouts and steps of the last phase, as a multiple of the others'")
+    batch: int = option(256, "sequences per gradient step")
+    lr: float = option(7e-3, "peak learning rate of the first phase, see `tilt`")
     base_steps: int = option(800, "gradient steps of the base model")
     base_batch: int = option(512, "walks per gradient step of the base model")
     base_lr: float = option(3e-3, "peak learning rate of the base model")
@@ -88,7 +93,7 @@ class Config:
     mazes: int = option(0, "run on so many random mazes, one a seed; 0: on the default maze")
 
 
-QUICK = {"base_steps": 150, "base_batch": 256, "steps": 480, "phases": 8, "rollouts": 8192}
+QUICK = {"base_steps": 150, "base_batch": 256, "steps": 240, "phases": 8, "rollouts": 8192}
 
 
 @dataclass
@@ -99,8 +104,10 @@ class Arm:
     control: str = "learned c"  # or "best scalar c"
     c: float | None = None  # a number, in place of a control that learns
     normalize: bool = True  # weights divided by their mean over the phase's rollouts
-    schedule: str = "exact law"  # how h is chosen; or "equal h", or "rollouts"
+    schedule: str = "equal h"  # how h is chosen; or "rollouts", or "exact law"
     phases: int = 0  # 0: Config.phases
+    weight: str = "tilt"  # e^{h r}; or "advantage", which leaves the reward alone
+    lr: float = 0.0  # 0: Config.lr
     loss: str = "implicit"  # (D3); or "explicit" (D4), or "self-consistent" (D5)
     order: str = "random"  # decoding order of the rollouts
 
@@ -114,23 +121,17 @@ LOSSES = {"implicit": dtm.c_dtm_loss, "self-consistent": dtm.self_consistent_los
 C_0, C_1 = paper("c = 0", c=0.0), paper("c = 1", c=1.0)
 NORMALIZED = Arm("c = 1, w / mean", c=1.0)
 BEST_SCALAR, LEARNED = Arm("best scalar c", control="best scalar c"), Arm("learned c")
+REWARD_ALONE = Arm("reward alone", c=0.0, weight="advantage", lr=1e-3)
 ONE_JUMP = Arm("one jump", control="best scalar c", phases=1)
 H_BY_ROLLOUTS = Arm("h by rollouts", schedule="rollouts")
-MAIN = [ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
+BY_CERTAINTY = Arm("by certainty", order="state")
+MAIN = [REWARD_ALONE, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
 ABLATIONS = {
     "anneal": [*[Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)], H_BY_ROLLOUTS],
     "cv": [C_0, paper("c = 0.5", 0.5), C_1, NORMALIZED, BEST_SCALAR, LEARNED],
-    "loss": [
-        paper("explicit", c=1.0, loss="explicit"),
-        paper("implicit", c=1.0),
-        paper("self-consistent", c=1.0, loss="self-consistent"),
-    ],
-    "sampler": [
-        Arm("random order"),
-        Arm("by certainty", order="state"),
-        Arm("by confidence", order="confidence"),
-    ],
-    "ess": [Arm("equal h", schedule="equal h"), Arm("h by exact law"), H_BY_ROLLOUTS],
+    "loss": [paper(loss, c=1.0, loss=loss) for loss in ("explicit", "implicit", "self-consistent")],
+    "sampler": [Arm("random order"), BY_CERTAINTY, Arm("by confidence", order="confidence")],
+    "ess": [Arm("equal h"), H_BY_ROLLOUTS, Arm("h by exact law", schedule="exact law")],
 }
 
 
@@ -156,8 +157,6 @@ def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> It
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
     torch.manual_seed(seed)  # for the first weights of a learned c
-    phases = arm.phases or cfg.phases
-    steps = cfg.steps // phases  # of a phase
 
     # 1. teacher = student = base
     student = copy.deepcopy(base)
@@ -165,13 +164,19 @@ def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> It
     optimiser = adam(student)  # its state lives on over the phases; the authors' code clears it
     control = make_control(arm, maze.L, device)
     a = 0.0
-    while a < cfg.a_end * (1 - 1e-9):
+    plan = shares(cfg, arm.phases or cfg.phases)
+    for k, (n, steps) in enumerate(plan):
+        peak = (arm.lr or cfg.lr) * (
+            1 - 0.8 * k / len(plan)
+        )  # in later phases there is less to move
         # 2. draw from the teacher, score, weigh
-        blank = torch.full((cfg.rollouts // phases, maze.L), MASK, device=device)
+        blank = torch.full((n, maze.L), MASK, device=device)
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
+        if arm.weight == "advantage":
+            w = r - r.mean()  # the loss is then a policy gradient on the bound (D6)
         for step in range(steps):
             # 3. mask a batch
             i = torch.randint(len(x1), (cfg.batch,), generator=noise, device=device)  # (B,)
@@ -185,13 +190,24 @@ def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> It
                 loss = dtm.etm_loss(logits, logits_a, token, spread(r[i], mask), h)  # (D4)
             else:
                 loss = LOSSES[arm.loss](logits, logits_a, token, w_i, c)  # (D3) or (D5)
-            take_step(optimiser, dtm.row_mean(loss, mask), lr=cfg.lr * (1 - step / steps))
+            take_step(optimiser, dtm.row_mean(loss, mask), lr=peak * (1 - step / steps))
             control.learn(c, logits.detach(), logits_a, token, w_i, mask)
         # 5. the student is the teacher of the next phase
         next_teacher = tabulate(student, maze.L)
         yield Phase(a, h, x1, r, w, student, teacher, next_teacher, control)
         teacher = next_teacher
-        a += h  # 6. until the tilt is A
+        a += h
+        if a >= cfg.a_end * (1 - 1e-9):
+            break  # 6. the tilt is A
+
+
+def shares(cfg: Config, phases: int) -> list[tuple[int, int]]:
+    """Rollouts and steps of each phase; the last phase is `cfg.last` times as long."""
+    pieces = []
+    for total in (cfg.rollouts, cfg.steps):
+        ends = [round(total * k / (phases - 1 + cfg.last)) for k in range(phases)] + [total]
+        pieces.append([high - low for low, high in itertools.pairwise(ends)])
+    return list(zip(*pieces, strict=True))
 
 
 def spread(per_row: Tensor, mask: Tensor) -> Tensor:
@@ -213,11 +229,11 @@ def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
 
 
 # ---- 3. Control variates: what c is, and how it learns from a batch once that has been used ------
+@dataclass
 class FixedC:
     """c is a number: 0 leaves the control variate out, 1 is the paper's."""
 
-    def __init__(self, c: float):
-        self.c = c
+    c: float
 
     def __call__(self, xt: Tensor, mask: Tensor) -> float:
         return self.c
@@ -276,13 +292,13 @@ class PlannedSteps:
         return next(self.steps)
 
 
+@dataclass
 class StepsByRollouts:
     """h keeps an effective sample size of the phase's own rollouts, which any run can know."""
 
-    def __init__(self, a_end: float, phases: int):
-        self.a_end = a_end
-        self.phases = phases
-        self.begun = 0  # phases
+    a_end: float
+    phases: int
+    begun: int = 0  # phases
 
     def __call__(self, a: float, r: Tensor) -> float:
         self.begun += 1
@@ -291,9 +307,10 @@ class StepsByRollouts:
         return max(dtm.next_h(r, ROLLOUT_ESS, self.a_end - a), 0.1 * self.a_end / self.phases)
 
 
-def make_schedule(arm: Arm, cfg: Config, judge: "Judge") -> PlannedSteps | StepsByRollouts:
+def make_schedule(arm: Arm, cfg: Config, judge: "Judge") -> Callable:
     phases = arm.phases or cfg.phases
-    dtm.check(phases <= min(cfg.steps, cfg.rollouts), f"{phases} phases need as many steps")
+    enough = phases + cfg.last <= 1 + min(cfg.steps, cfg.rollouts)
+    dtm.check(enough, f"{phases} phases need as many steps and rollouts, and more for the last")
     if arm.schedule == "rollouts":
         return StepsByRollouts(cfg.a_end, phases)
     if arm.schedule == "equal h":
@@ -532,7 +549,7 @@ def run_arm(cfg: Config, arm: Arm, base: dict, device: str, look: Callable | Non
     trace = []
     for phase, record in follow(tilt(net, maze, arm, cfg, schedule, base["seed"]), judge):
         trace.append(record | (look(phase, judge, arm) if look else {}))
-    return make_row(arm.name, base["seed"], trace)
+    return {"arm": arm.name, "seed": base["seed"], **trace[-1], "trace": trace}
 
 
 def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[tuple[Phase, dict]]:
@@ -547,31 +564,23 @@ def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[tuple[Phase, dict]
         clock = time.perf_counter()
 
 
-def make_row(name: str, seed: int, trace: list[dict]) -> dict:
-    along = [dict(record) for record in trace]
-    for record in along:
-        del record["paths"], record["target_paths"]  # known at the end; a trace is for plots
-    return {"arm": name, "seed": seed, **trace[-1], "trace": along}
-
-
 def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = run_arm) -> dict:
     """Every arm on every seed's base. run(cfg, arm, base, device) makes a row, printed at once."""
     start = time.time()
-    names = [arm.name for arm in arms]
-    bases, rows = [], []
+    bases, rows, names = [], [], [arm.name for arm in arms]
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))  # one thread each
     try:
         with tqdm(total=len(seeds) * (1 + len(arms)), unit="run", smoothing=0) as bar:
             for future in as_completed([pool.submit(run_base, cfg, s, args.device) for s in seeds]):
                 bases.append(future.result())
-                bar.write(describe_base(bases[-1]))
+                bar.write(BASE_LINE.format_map(bases[-1]))
                 bar.update()
             tasks = itertools.product(arms[::-1], bases)  # lists of arms end with the slowest
             futures = [pool.submit(run, cfg, arm, base, args.device) for arm, base in tasks]
             for future in as_completed(futures):
                 rows.append(future.result())
-                bar.write(describe_row(rows[-1]))
+                bar.write(ROW_LINE.format_map(rows[-1]))
                 bar.update()
     except ValueError as error:
         sys.exit(f"stopped: {error}")
@@ -589,17 +598,6 @@ def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = 
         "bases": sorted(bases, key=lambda base: base["seed"]),
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
-
-
-def describe_base(base: dict) -> str:
-    left = f"one jump would leave {base['jump_ess']:.0f} effective rollouts (50 would do)"
-    return f"seed {base['seed']}: base success {base['success']:.5f}; {left}"
-
-
-def describe_row(row: dict) -> str:
-    success = f"success {row['success']:.3f} of {row['target_success']:.3f}"
-    modes = f"{row['modes']:.2f} of {row['target_modes']:.2f} paths, {row['seconds']:.0f} s"
-    return f"seed {row['seed']} {row['arm']:>16}: KL {row['kl']:.3f}, {success}, {modes}"
 
 
 # ---- 9. Table and figures: from the result, or its JSON, alone ----------------------------------
@@ -631,8 +629,10 @@ def format_table(result: dict, columns: dict[str, str]) -> str:
     for name, rows in arms.items():
         lines.append(f"{name:>{width}}")
         for key in columns:
-            mean, error = mean_and_error(rows, key)
-            cell = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
+            cell = "-"  # where a metric means nothing for an arm
+            if all(row.get(key) is not None for row in rows):
+                mean, error = mean_and_error(rows, key)
+                cell = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
             lines[-1] += f"{cell:>17}"
     return "\n".join(lines)
 
@@ -723,9 +723,8 @@ def read_settings(parser: argparse.ArgumentParser, preset: dict) -> tuple:
         args.device = "cuda" if torch.cuda.is_available() else mps
     if args.jobs is None:
         args.jobs = min(8, os.cpu_count() or 1) if args.device == "cpu" else 1
-    count = cfg.mazes or (1 if args.quick else args.jobs)
-    if args.seeds is not None:
-        count = args.seeds
+    default = cfg.mazes or (1 if args.quick else args.jobs)
+    count = default if args.seeds is None else args.seeds
     check_settings(parser, cfg, args, count)
     file = Path(sys.argv[0])
     module = f"-m figures.{file.stem}"
@@ -768,8 +767,8 @@ def main() -> None:
         return
     arms = ABLATIONS[args.ablate] if args.ablate else MAIN
     most = max(arm.phases or cfg.phases for arm in arms)  # phases of any arm
-    if min(cfg.steps, cfg.rollouts) < most:
-        parser.error(f"{most} phases need at least {most} --steps and {most} --rollouts")
+    if min(cfg.steps, cfg.rollouts) < most - 1 + cfg.last:
+        parser.error(f"{most} phases need more --steps and --rollouts, {cfg.last:g} for the last")
     print(f"{args.device}, float32, laws in float64; {args.jobs} processes, {len(seeds)} seeds")
     result = experiment(cfg, arms, seeds, args)
     print(f"\n{format_table(result, COLUMNS)}\n{len(seeds)} seeds in {result['seconds']:.0f} s")

@@ -1,24 +1,38 @@
 """c-DTM against its rivals, on the maze where the answer is known: `python -m figures.rivals`.
 
-All methods start from the same base, draw with the same sampler, and may spend the same number of
-network evaluations: a sequence's forward pass counts 1, a backward pass 2 more; the passes of a
-teacher, a reference or an old policy count. c-DTM spends L a rollout and 4 a training sequence.
-There is no prompt, no end token and one block: what a method does to those falls away.
+    python -m figures.rivals           ten seeds, a table and a figure
+    python -m figures.rivals --tune    half and twice each learning rate, on seeds 100 and 101
+
+All methods start from the same base, draw with the same sampler at temperature 1, and may spend the
+same number of network evaluations: a sequence's forward pass counts 1, a backward pass 2 more. The
+passes of a teacher, a reference, an old policy count; a small net counts by its multiplications, a
+look-up in a table as the pass it stands for. A round's paths are one group. Both commands keep
+every row in OUT/rivals_rows until they end: a stopped one goes on where it was.
 
 METRICS beside those of maze_lab.py
     kl_reverse   KL(rho_theta || rho_A), nats; reward and kl_base: E r and KL(rho_theta || rho_0)
     frontier     min_a KL(rho_theta || rho_a): the distance to the frontier of reward against KL to
                  the base, on which the tilts lie; what the same reward would have cost less
+    at_reward    the frontier distance at the first look with a reward of .9: the score of methods
+                 without a target, which go on past any tilt
     kl_end       KL(rho_A || rho_theta) along the run, where kl is against the current tilt rho_a
+    target_kl, target_kl_reverse   kl and kl_reverse at the end, of methods that have a target
     evaluations  network evaluations so far
 
-CONTENTS   1 methods   2 likelihoods   3 objectives   4 DMPO   5 a run   6 table, figure, command
+CONTENTS   1 methods   2 accounts   3 scores   4 a run   5 rows that stay   6 tuning
+           7 table and figure   8 command
 """
 
 import copy
+import hashlib
+import inspect
+import json
+import math
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,258 +40,88 @@ from torch import Generator, Tensor, nn
 
 import dtm
 import maze_lab as lab
-from dtm import check, wide
+from figures import objectives
+from figures.objectives import EXTRAS, OBJECTIVES, Batch
+from figures.objectives import dmpo_loss as dmpo_loss
+from figures.objectives import dmpo_weights as dmpo_weights
+from figures.objectives import mask_bernoulli as mask_bernoulli
+from figures.objectives import sequence_law as sequence_law
 from maze_lab import MASK
+
+PASSED = 0.9  # the reward at which methods without a target are compared
 
 
 # ---- 1. Methods ---------------------------------------------------------------------------------
 @dataclass
 class Method:
-    """A row of the table. Whatever has a target anneals: c-DTM in phases, the others by a target
-    whose tilt rises to A over the first `rise` of the rounds."""
+    """A row of the table. Whatever has a target anneals: c-DTM in phases of equal h, the others by
+    a target whose tilt rises evenly to A over the first `rise` of the rounds."""
 
     name: str
-    lr: float  # best of 2e-5, 1e-4, 5e-4, 2e-3, 6e-3 by KL(rho_theta || rho_A), seeds 100 and 101
+    lr: float  # chosen by --tune
     arm: lab.Arm | None = None  # of c-DTM
     objective: str = ""  # of a rival, a key of OBJECTIVES
     rounds: int = 128  # a round draws its rollouts anew
     rise: float = 0.5
+    target: bool = True  # aims at rho_A, as far as its stand-in is the likelihood
+    closed: bool = False  # c-DTM with `ClosedLoop` for its h
+    states: str = "random"  # that it sees
     baseline: str = ""  # of DMPO
+    mix: float = 0.0  # share of the base's logits in the rollouts' (wd1 with its reference)
+    block: int | None = None  # of decoding; 1: from left to right
 
 
+ONE = "the masked one"  # the only state that a method sees
 METHODS = [
-    Method("c-DTM, learned c", 2e-3, replace(lab.LEARNED, phases=16)),
-    Method("c-DTM, c = 1", 2e-3, replace(lab.C_1, phases=16)),
+    Method("c-DTM, learned c", 7e-3, lab.LEARNED),
+    Method("c-DTM, closed loop", 7e-3, lab.LEARNED, closed=True),
+    Method("c-DTM, c = 1", 7e-3, lab.C_1),
     Method("DMPO, u", 5e-4, objective="dmpo", rounds=16, baseline="none"),
-    Method("DMPO, u - v", 1e-4, objective="dmpo", baseline="neg"),
-    Method("SPG", 1e-4, objective="spg"),
-    Method("diffu-GRPO", 2e-3, objective="diffu_grpo"),
-    Method("wd1", 1e-4, objective="wd1"),
-    Method("UniGRPO", 1e-4, objective="uni_grpo"),
-    Method("ELBO-REINFORCE", 1e-4, objective="elbo_reinforce"),
-    Method("exact REINFORCE", 2e-3, objective="exact_reinforce"),
+    Method("DMPO, u - v (as shipped)", 1e-4, objective="dmpo", baseline="neg"),
+    Method("TraFL", 5e-4, objective="trafl"),
+    Method("ESPO", 5e-4, objective="espo"),
+    Method("GDSD, ideal", 2e-3, objective="gdsd_ideal", rounds=16, rise=1.0),
+    Method("GDSD, as shipped", 5e-4, objective="gdsd", target=False),
+    Method("UniGRPO, k3", 1e-4, objective="uni_grpo", target=False),
+    Method("UniGRPO, k2", 2e-4, objective="uni_grpo_k2"),
+    Method("diffu-GRPO, k3", 1e-3, objective="diffu_grpo", target=False, states=ONE),
+    Method("diffu-GRPO, k2", 1e-3, objective="diffu_grpo_k2", target=False, states=ONE),
+    Method("wd1, b = 0", 1e-4, objective="wd1", target=False, states=ONE),
+    Method("wd1, b = .04", 1e-4, objective="wd1", target=False, states=ONE, mix=0.04),
+    Method("SPG", 5e-5, objective="spg", target=False),
+    Method("JustGRPO", 2e-4, objective="just_grpo", target=False, states="left to right", block=1),
+    Method("ELBO-REINFORCE", 2e-4, objective="elbo_reinforce"),
+    Method("TraFL, exact", 2e-3, objective="trafl_exact", states="all"),
+    Method("exact REINFORCE", 2e-3, objective="exact_reinforce", states="all"),
 ]
 
 
-# ---- 2. Likelihoods -----------------------------------------------------------------------------
-def sequence_law(model: Callable, x: Tensor, mask_id: int) -> Tensor:
-    """rho_theta (n,) of given sequences x (n, L), float64 on the CPU, differentiable, at any V:
-    (D11) along the 2^L ways to know part of x. A state that several sequences share is evaluated
-    once."""
-    n, L = x.shape
-    known = dtm.all_sequences(2, L, x.device).bool()  # (2^L, L)
-    xt = torch.where(known[:, None], x, mask_id)  # (2^L, n, L)
-    xt, which = xt.flatten(0, 1).unique(dim=0, return_inverse=True)
-    logits = torch.cat([model(part).cpu() for part in xt.split(2**14)])
-    p = logits.double().softmax(-1)[which.cpu()]  # (2^L n, L, V)
-    p = p.gather(-1, x.cpu().repeat(len(known), 1)[..., None]).view(len(known), n, L)
-    flows = [[] for _ in known]  # flows[s]: what reaches the states that know the part s
-    flows[0].append(p.new_ones(n))
-    for s, keep in enumerate(known[:-1]):
-        reach = torch.stack(flows[s]).sum(0)
-        hidden = (~keep).nonzero()[:, 0].tolist()
-        for i in hidden:
-            flows[s + 2 ** (L - 1 - i)].append(reach * p[s, :, i] / len(hidden))
-    return torch.stack(flows[-1]).sum(0)
-
-
-def hidden_logs(model: Callable, x: Tensor, mask: Tensor) -> Tensor:
-    """log pi(x_i | x without mask), (B, L); 0 at the visible positions."""
-    log_p = model(torch.where(mask, MASK, x)).log_softmax(-1)
-    return log_p.gather(-1, x[..., None])[..., 0] * mask
-
-
-def elbo(model: Callable, x: Tensor, mask: Tensor) -> Tensor:
-    """The bound (D6) of log rho(x), (B,), estimated at one state."""
-    return x.shape[1] * hidden_logs(model, x, mask).sum(1) / mask.sum(1)
-
-
-# ---- 3. Objectives: each maps a batch to its loss -----------------------------------------------
-@dataclass
-class Batch:
-    net: Callable  # the student
-    old: Callable  # the student at the start of the round, which drew x
-    base: Callable
-    x: Tensor  # (B, L) paths
-    r: Tensor  # (B,) rewards
-    advantage: Tensor  # (B,) r less the round's mean
-    a: float  # the target's tilt: 1/a weighs the KL to the base
-    noise: Generator
-    u: Tensor  # (B,) a uniform number of each path, drawn once a round
-    part: float  # of the round's budget that is spent
-    weight: Tensor  # (B,) of DMPO
-
-
-def clipped(b: Batch, mask: Tensor, scale: Tensor | float = 1.0) -> Tensor:
-    """Clipped token ratios, with e^d - d - 1 as a loss for the KL to the base, at the same mask."""
-    now = hidden_logs(b.net, b.x, mask)
-    old = hidden_logs(b.old, b.x, mask)
-    d = hidden_logs(b.base, b.x, mask) - now
-    ratio = (now - old).exp()
-    advantage = b.advantage[:, None]
-    gain = torch.minimum(ratio * advantage, ratio.clamp(0.5, 1.5) * advantage)
-    gain = gain - (d.exp() - d - 1) / b.a
-    return -scale * dtm.row_mean(gain[mask], mask)
-
-
-def diffu_grpo(b: Batch) -> Tensor:
-    """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the first guesses only."""
-    return clipped(b, torch.ones_like(b.x, dtype=torch.bool))
-
-
-def uni_grpo(b: Batch) -> Tensor:
-    """UniGRPO (MMaDA): a share of masks that grows over a round from a random start to all."""
-    L = b.x.shape[1]
-    start = (b.u * L).floor()  # (B,)
-    share = (b.part * (L - start) + start).floor() / L
-    noise = torch.rand(b.x.shape, generator=b.noise, device=b.x.device)
-    mask = (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True))  # at least one
-    return clipped(b, mask, scale=1 / b.r.std().clamp_min(1e-4))
-
-
-def wd1(b: Batch) -> Tensor:
-    """wd1 (xiaohangt/wd1, b = 0 as run): weights softmax(adv) - softmax(-adv); d1's state."""
-    logs = hidden_logs(b.net, b.x, torch.ones_like(b.x, dtype=torch.bool)).sum(1)
-    weight = b.advantage.softmax(0) - (-b.advantage).softmax(0)
-    return -(weight * logs).sum()
-
-
-def spg(b: Batch) -> Tensor:
-    """SPG (facebookresearch/SPG): a lower bound for good paths, half of it an upper bound for bad
-    ones; two states a path."""
-    beta = 1.5
-    masks = torch.stack([dtm.mask_random(b.x, MASK, b.noise)[1] for _ in range(2)])
-    logs = torch.stack([hidden_logs(b.net, b.x, mask) for mask in masks])  # (2, B, L)
-    share = masks.float().mean(-1, keepdim=True)
-    seen = masks.any(0)
-    lower = (logs.sum(-1) / masks.sum(-1)).mean(0)
-    power = (masks * (beta * logs).exp() / share).mean(0)
-    upper = torch.where(seen, power, 1).log().sum(1) / beta / seen.sum(1)
-    score = torch.where(b.advantage > 0, lower, (upper + lower) / 2)
-    return -(b.advantage * score).mean()
-
-
-def elbo_reinforce(b: Batch) -> Tensor:
-    """REINFORCE with the bound (D6) for the log-likelihood, in the score and, at another state, in
-    the KL to the base."""
-    masks = [dtm.mask_random(b.x, MASK, b.noise)[1] for _ in range(2)]
-    with torch.no_grad():
-        gain = b.r - (elbo(b.net, b.x, masks[0]) - elbo(b.base, b.x, masks[0])) / b.a
-    return -((gain - gain.mean()) * elbo(b.net, b.x, masks[1])).mean()
-
-
-def exact_reinforce(b: Batch) -> Tensor:
-    """REINFORCE with the exact log-likelihood; at its optimum, rho_a, all gains are the same."""
-    x, which, count = b.x.unique(dim=0, return_inverse=True, return_counts=True)
-    log_now = sequence_law(b.net, x, MASK).log()
-    log_old = sequence_law(b.old, x, MASK).log()
-    log_base = sequence_law(b.base, x, MASK).log()
-    r = b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
-    gain = r - (log_now.detach() - log_base) / b.a
-    ratio = (log_now.detach() - log_old).exp().clamp(max=2)
-    p = count.cpu() / count.sum() * ratio  # drawn from old: the ratio reweighs
-    return -(p * (gain - p @ gain / p.sum()) * log_now).sum()
-
-
-# ---- 4. DMPO (yuchen-zhu-zyc/DMPO 96af1a4) ------------------------------------------------------
-def mask_bernoulli(
-    x1: Tensor, mask_id: int, generator: Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """xt, mask (B, L): DMPO's states, each position masked with its row's chance .1 + .9 u,
-    u ~ U(0, 1), at least one."""
-    noise = dtm.masking_noise(x1, mask_id, generator)
-    u = torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    mask = (noise < 0.1 + 0.9 * u) | (noise == noise.amin(1, keepdim=True))
-    return torch.where(mask, mask_id, x1), mask
-
-
-def dmpo_weights(
-    r: Tensor,
-    log_cur: Tensor,
-    log_pre: Tensor,
-    alpha: float,
-    c: float = 1.0,
-    s: float = 1.0,
-    baseline: str = "neg",
-    log_theta: Tensor | None = None,
-) -> Tensor:
-    """Weights (..., G) of a prompt's G completions, from rewards and log-likelihoods (..., G).
-
-        D = log_pre - log_cur,   u = softmax_G(c (D + r/alpha)),   v = softmax_G(c (D - r/alpha))
-        "none" u | "mean" u - 1/G | "unbiased" u - softmax_G(log_theta - log_cur)            (D10)
-        "neg", as shipped: u - s v
-
-    cur drew the completions, pre is the base, theta the student; in practice the bounds (D6) stand
-    in for log-likelihoods. With exact ones u is rho_0 e^{r/alpha} / rho_cur, normalised."""
-    same = r.shape == log_cur.shape == log_pre.shape
-    check(same, "dmpo_weights: r, log_cur, log_pre must share a shape (..., G)")
-    known = baseline in ("none", "mean", "unbiased", "neg")
-    check(known, f"dmpo_weights: baseline {baseline!r} is not one of none, mean, unbiased, neg")
-    check(alpha > 0, f"dmpo_weights: alpha must be positive, not {alpha}")
-    check(baseline != "unbiased" or log_theta is not None, "dmpo_weights: no log_theta")
-    d = wide(log_pre) - wide(log_cur)
-    u = (c * (d + wide(r) / alpha)).softmax(-1)
-    if baseline == "mean":
-        return u - 1 / r.shape[-1]
-    if baseline == "unbiased":
-        return u - (wide(log_theta) - wide(log_cur)).softmax(-1)
-    if baseline == "neg":
-        return u - s * (c * (d - wide(r) / alpha)).softmax(-1)
-    return u
-
-
-def dmpo_loss(logits: Tensor, x1: Tensor, weight: Tensor) -> Tensor:
-    """-weight log pi_theta(x1_i), (D3) at c = 0; shapes as `c_dtm_loss`. DMPO sums it over rows."""
-    return dtm.c_dtm_loss(logits, logits, x1, weight, c=0.0)
-
-
-def dmpo(b: Batch) -> Tensor:
-    """DMPO: weighted cross-entropy, all of a round's paths one group."""
-    mask = mask_bernoulli(b.x, MASK, b.noise)[1]
-    loss = -b.weight[:, None] * hidden_logs(b.net, b.x, mask)
-    return len(b.x) * dtm.row_mean(loss[mask], mask)
-
-
-def dmpo_round(
-    old: Callable, base: Callable, x: Tensor, r: Tensor, a: float, baseline: str, noise: Generator
-) -> Tensor:
-    """DMPO's weights (n,) of a round, from bounds (D6) at two antithetic pairs of masks, the same
-    for both models."""
-    log_old = torch.zeros(len(x), device=x.device)
-    log_base = torch.zeros(len(x), device=x.device)
-    for _ in range(2):
-        first = mask_bernoulli(x, MASK, noise)[1]
-        second = ~first | first.all(1, keepdim=True)  # a full mask is its own partner
-        for mask in (first, second):
-            log_old += elbo(old, x, mask) / 4
-            log_base += elbo(base, x, mask) / 4
-    return dmpo_weights(r, log_old, log_base, 1 / a, baseline=baseline)
-
-
-OBJECTIVES = {
-    "dmpo": dmpo,
-    "spg": spg,
-    "diffu_grpo": diffu_grpo,
-    "wd1": wd1,
-    "uni_grpo": uni_grpo,
-    "elbo_reinforce": elbo_reinforce,
-    "exact_reinforce": exact_reinforce,
-}
-
-
-# ---- 5. A run, and what it is measured by -------------------------------------------------------
+# ---- 2. Accounts --------------------------------------------------------------------------------
 class Meter:
-    """Counts network evaluations."""
+    """Counts network evaluations, in passes of the student over one sequence."""
 
-    spent = 0
+    spent = 0.0
 
-    def watch(self, model: nn.Module) -> Callable:
-        def metered(xt: Tensor, where: Tensor | None = None) -> Tensor:
-            logits = model(xt, where)
-            self.spent += len(xt) * (3 if logits.requires_grad else 1)
-            return logits
+    def watch(self, model: nn.Module, cost: float = 1.0) -> Callable:
+        def metered(*inputs: Tensor) -> Tensor:
+            output = model(*inputs)
+            rows = len(inputs[0]) if inputs else 0  # a constant costs nothing
+            self.spent += rows * cost * (3 if output.requires_grad else 1)
+            return output
 
         return metered
+
+
+def multiplications(net: nn.Module) -> int:
+    """Of one vector through the matrices of a net; embeddings are looked up."""
+    if isinstance(net, lab.MazeNet):
+        return multiplications(net.body) + multiplications(net.head)
+    return sum(p.numel() for p in net.parameters() if p.dim() == 2)
+
+
+def small_cost(small: nn.Module, student: lab.MazeNet, L: int) -> float:
+    """What a pass of a small net over a state costs, of a student's pass over its L positions."""
+    return multiplications(small) / (L * multiplications(student))
 
 
 def budget(cfg: lab.Config, L: int) -> int:
@@ -285,11 +129,21 @@ def budget(cfg: lab.Config, L: int) -> int:
     return cfg.rollouts * L + cfg.steps * cfg.batch * 4
 
 
+def affordable_steps(cfg: lab.Config, arm: lab.Arm, student: lab.MazeNet, L: int) -> int:
+    """The steps of a c-DTM arm within the budget: a learned c costs a pass forward and back."""
+    control = lab.make_control(arm, L, torch.device("cpu"))
+    if not isinstance(control, lab.LearnedC):
+        return cfg.steps
+    return int(cfg.steps * 4 / (4 + 3 * small_cost(control.net, student, L)))
+
+
+# ---- 3. Scores ----------------------------------------------------------------------------------
 class FrontierJudge(lab.Judge):
     """Adds the metrics of this file's head to the lab's."""
 
     def __init__(self, maze: lab.Maze, base: dtm.Table, a_end: float):
         super().__init__(maze, base)
+        self.base = dtm.Table(base.logits.cpu()).requires_grad_(False)
         self.rho_end = dtm.exact_tilt(self.rho_0, self.r, a_end)
 
     def measure(self, table: dtm.Table, a: float) -> dict:
@@ -300,6 +154,19 @@ class FrontierJudge(lab.Judge):
             "kl_end": lab.kl(self.rho_end, rho),
             "kl_reverse": lab.kl(rho, self.rho_end),
             "frontier": self.frontier(rho),
+        }
+
+    def left_to_right(self, table: dtm.Table) -> dict:
+        """Scores of the law of a sampler that goes from left to right, as JustGRPO's."""
+        base, law = [objectives.left_to_right_logs(t, self.x).sum(1) for t in (self.base, table)]
+        rho_0, rho = base.double().exp(), law.double().exp()
+        paths = rho[self.optimal]
+        given = paths / paths.sum()
+        return {
+            "reward": (rho @ self.r.double()).item(),
+            "kl_base": lab.kl(rho, rho_0),
+            "success": paths.sum().item(),
+            "modes": torch.special.entr(given).sum().exp().item(),
         }
 
     def frontier(self, rho: Tensor) -> float:
@@ -317,13 +184,14 @@ class FrontierJudge(lab.Judge):
         return lab.kl(rho, self.rho_0) - (a * reward - log_z).item()
 
 
+# ---- 4. A run -----------------------------------------------------------------------------------
 @dataclass
 class Look:
     """At a rival's run, from outside, as with `maze_lab.tilt`."""
 
     a: float  # the target's tilt
     student: lab.MazeNet
-    evaluations: int
+    evaluations: float
     seconds: float
 
 
@@ -333,35 +201,99 @@ def compete(
     """A rival, until it has spent what c-DTM spends; 16 looks at it, the last at the end."""
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
+    torch.manual_seed(seed)  # for the first weights of what an objective learns beside
     meter = Meter()
     student = copy.deepcopy(base)
     net = meter.watch(student)
     reference = meter.watch(lab.tabulate(base, maze.L))
     optimiser = lab.adam(student)
+    extra = None
+    if method.objective in EXTRAS:
+        make, lr = EXTRAS[method.objective]
+        module = make(maze.L).to(device)
+        optimiser.add_param_group({"params": module.parameters(), "lr": lr})
+        extra = meter.watch(module, small_cost(module, student, maze.L))
     blank = torch.full((cfg.rollouts // method.rounds, maze.L), MASK, device=device)
     total = budget(cfg, maze.L)
-    seconds = 0.0
+    clock = time.perf_counter()
+    seconds = a = 0.0
     for k in range(method.rounds):
-        clock = time.perf_counter()
-        a = cfg.a_end * min(1.0, (k + 1) / method.rounds / max(method.rise, 1e-9))
+        h = target_tilt(method, cfg, k) - a
+        a += h
         old = meter.watch(copy.deepcopy(student).requires_grad_(False))
-        *_, x = dtm.sample(old, blank, MASK, generator=noise)
+        *_, x = dtm.sample(
+            mixture(old, reference, method.mix), blank, MASK, block=method.block, generator=noise
+        )
         r = maze.reward(x)
         u = torch.rand(len(x), generator=noise, device=device)
-        start, stop = meter.spent, total * (k + 1) / method.rounds
         weight = r  # read by DMPO alone
         if method.objective == "dmpo":
-            weight = dmpo_round(old, reference, x, r, a, method.baseline, noise)
+            weight = objectives.dmpo_round(old, reference, x, r, a, method.baseline, noise)
+        start, stop = meter.spent, total * (k + 1) / method.rounds
         while meter.spent < stop:
             i = torch.randperm(len(x), generator=noise, device=device)[: cfg.batch]
             part = (meter.spent - start) / (stop - start)
             drawn = (x[i], r[i], r[i] - r.mean())
-            batch = Batch(net, old, reference, *drawn, a, noise, u[i], part, weight[i])
-            loss = OBJECTIVES[method.objective](batch)
+            settings = (a, h, noise, u[i], part, r.std().item(), len(x), weight[i], extra)
+            loss = OBJECTIVES[method.objective](Batch(net, old, reference, *drawn, *settings))
             lab.take_step(optimiser, loss, method.lr * (1 - meter.spent / total))
-        seconds += time.perf_counter() - clock
         if (k + 1) % max(1, method.rounds // 16) == 0:
+            seconds += time.perf_counter() - clock
             yield Look(a, student, meter.spent, seconds)
+            clock = time.perf_counter()
+
+
+def target_tilt(method: Method, cfg: lab.Config, k: int) -> float:
+    """The tilt of the target in round k."""
+    return cfg.a_end * min(1.0, (k + 1) / method.rounds / max(method.rise, 1e-9))
+
+
+class ClosedLoop:
+    """Equal steps over what is left from the tilt *reached* to A: a phase's rollouts, drawn
+    anyway, tell by their mean reward how far along its h the phase before came. Where that is less
+    sharp than a tenth of h, the phase is taken at its word. Not in the paper."""
+
+    def __init__(self, a_end: float, phases: int):
+        self.a_end = a_end
+        self.left = phases
+        self.reached = 0.0
+        self.before = None
+
+    def __call__(self, a: float, r: Tensor) -> float:
+        if self.before is not None:
+            self.reached += way_come(self.before, r, self.h)
+        self.h = (self.a_end - self.reached) / self.left
+        self.left -= 1
+        self.before = r
+        return self.h
+
+
+def way_come(before: Tensor, now: Tensor, h: float) -> float:
+    """The s at which weights e^{s r} give the rewards `before` a phase the mean of those after."""
+    before, now = before.double(), now.double()
+    error = (now.var() * (1 / len(now) + 1 / len(before))).sqrt()  # of the two means
+    if error > 0.1 * h * now.var():  # a unit of tilt moves the mean by the variance
+        return h
+    low, high = 0.0, 2 * h
+    for _ in range(40):
+        s = (low + high) / 2
+        if (s * before).softmax(0) @ before < now.mean():
+            low = s
+        else:
+            high = s
+    return low
+
+
+def mixture(model: Callable, base: Callable, share: float) -> Callable:
+    """Logits of which `share` are the base's: the geometric mixture of the two, as wd1 draws."""
+    if share == 0:
+        return model
+
+    def mixed(xt: Tensor, where: Tensor | None = None) -> Tensor:
+        log_p = model(xt, where).log_softmax(-1)
+        return (1 - share) * log_p + share * base(xt, where).log_softmax(-1)
+
+    return mixed
 
 
 def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict:
@@ -372,23 +304,98 @@ def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict
     trace = []
     if method.arm is None:
         for look in compete(method, cfg, maze, net, base["seed"]):
-            trace.append(judge.measure(lab.tabulate(look.student, maze.L), look.a))
+            table = lab.tabulate(look.student, maze.L)
+            trace.append(judge.measure(table, look.a))
             trace[-1] |= {"evaluations": look.evaluations, "seconds": look.seconds}
+            if method.block == 1:
+                trace[-1]["left_to_right"] = judge.left_to_right(table)
     else:
-        cfg = replace(cfg, lr=method.lr)
-        schedule = lab.make_schedule(method.arm, cfg, judge)
-        phases = lab.tilt(net, maze, method.arm, cfg, schedule, base["seed"])
+        steps = affordable_steps(cfg, method.arm, net, maze.L)
+        own = replace(cfg, lr=method.lr, steps=steps)
+        schedule = lab.make_schedule(method.arm, own, judge)
+        if method.closed:
+            schedule = ClosedLoop(cfg.a_end, cfg.phases)
+            own = replace(own, a_end=math.inf)  # what is asked for may exceed A
+        phases = lab.tilt(net, maze, method.arm, own, schedule, base["seed"])
         for _, record in lab.follow(phases, judge):
-            share = (len(trace) + 1) / method.arm.phases
-            trace.append(record | {"evaluations": round(share * budget(cfg, maze.L))})
-    return lab.make_row(method.name, base["seed"], trace)
+            done = lab.shares(own, cfg.phases)[: len(trace) + 1]
+            share = sum(count for _, count in done) / own.steps
+            trace.append(record | {"evaluations": share * budget(cfg, maze.L)})
+    row = {"arm": method.name, "seed": base["seed"], **trace[-1], "trace": trace}
+    passed = [record["frontier"] for record in trace if record["reward"] >= PASSED]
+    row["at_reward"] = passed[0] if passed else None
+    if method.target:
+        row |= {"target_kl": row["kl_end"], "target_kl_reverse": row["kl_reverse"]}
+    return row
 
 
-# ---- 6. Table, figure, command ------------------------------------------------------------------
+# ---- 5. Rows that stay --------------------------------------------------------------------------
+def kept(folder: Path, cfg: lab.Config, method: Method, base: dict, device: str) -> dict:
+    """`run_method`, unless its row lies in the folder already: same settings, same code."""
+    file = folder / f"{fingerprint(cfg, method, base['seed'], device)}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    row = run_method(cfg, method, base, device)
+    lab.save_result(file, row)
+    return row
+
+
+def fingerprint(*settings) -> str:
+    """Of the settings, and of the code that a row depends on."""
+    sources = [Path(module.__file__).read_text() for module in (dtm, lab, objectives)]
+    functions = [inspect.getsource(function) for function in (compete, mixture, run_method)]
+    text = "\n".join([*map(repr, settings), torch.__version__, *sources, *functions])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_all(cfg: lab.Config, methods: list[Method], seeds: list[int], args, folder: Path) -> dict:
+    """`maze_lab.experiment`, its rows kept in the folder until all are there."""
+    folder.mkdir(exist_ok=True)
+    return lab.experiment(cfg, methods, seeds, args, partial(kept, folder))
+
+
+# ---- 6. Tuning ----------------------------------------------------------------------------------
+TUNING_SEEDS = [100, 101]  # not those of the table
+
+
+def variants(method: Method) -> list[Method]:
+    """The method at its learning rate, at half and at twice of it."""
+    rates = [method.lr, method.lr / 2, method.lr * 2]
+    return [replace(method, name=f"{method.name} @ {lr:.2g}", lr=lr) for lr in rates]
+
+
+def score(method: Method, rows: list[dict]) -> float:
+    """The smaller the better: KL(rho_theta || rho_A), or the frontier distance at a reward of .9
+    for methods without a target; infinite where a seed never gets there."""
+    values = [row["kl_reverse"] if method.target else row["at_reward"] for row in rows]
+    if None in values:
+        return float("inf")
+    return sum(values) / len(values)
+
+
+def tune(cfg: lab.Config, methods: list[Method], args) -> dict:
+    """Rows of every variant, and for each method its scores; prints who should move."""
+    grid = [variant for method in methods for variant in variants(method)]
+    folder = args.out / "rivals_tuning_rows"
+    result = run_all(cfg, grid, TUNING_SEEDS, args, folder)
+    rows = lab.by_arm(result)
+    result["scores"] = {variant.name: score(variant, rows[variant.name]) for variant in grid}
+    for method in methods:
+        names = [variant.name for variant in variants(method)]
+        best = min(names, key=result["scores"].get)
+        found = ", ".join(f"{result['scores'][name]:.3f}" for name in names)
+        print(f"{'stays' if best == names[0] else 'MOVES'} {best}   ({found})")
+    for row in result["rows"]:
+        del row["trace"]
+    return result
+
+
+# ---- 7. Table and figure ------------------------------------------------------------------------
 COLUMNS = {
-    "kl": "KL(A||theta)",
-    "kl_reverse": "KL(theta||A)",
+    "target_kl": "KL(A||theta)",
+    "target_kl_reverse": "KL(theta||A)",
     "frontier": "to frontier",
+    "at_reward": "same, at .9",
     "reward": "reward",
     "success": "success",
     "modes": "eff. paths",
@@ -397,52 +404,89 @@ COLUMNS = {
 
 
 def draw(result: dict, path: Path) -> Path:
-    """Left: how far each method ends from the target. Right: what its reward costs in KL."""
+    """Left: how far the methods with a target end from it. Right: what reward costs in KL."""
     plt = lab.pyplot()
-    figure, (dots, plane) = plt.subplots(1, 2, figsize=(8.8, 4.4), layout="constrained")
-    methods, a_end = lab.by_arm(result), result["config"]["a_end"]
-    for place, rows in enumerate(methods.values()):
-        colour = lab.COLOURS[place % len(lab.COLOURS)]
-        each = [row["kl_reverse"] for row in rows]
+    figure, (dots, plane) = plt.subplots(1, 2, figsize=(8.8, 4.6), layout="constrained")
+    methods = lab.by_arm(result)
+    aimed = [name for name, rows in methods.items() if "target_kl_reverse" in rows[0]]
+    ends = {name: lab.mean_and_error(methods[name], "target_kl_reverse")[0] for name in aimed}
+    aimed.sort(key=ends.get)
+    for place, name in enumerate(aimed):
+        colour = lab.COLOURS[4] if name.startswith("c-DTM") else lab.COLOURS[6]
+        each = [row["target_kl_reverse"] for row in methods[name]]
         dots.plot(each, [place] * len(each), ".", color=colour, alpha=0.5)
-        keys = ("kl_reverse", "kl_base", "reward")
-        mean, *spot = [lab.mean_and_error(rows, key)[0] for key in keys]
-        dots.plot(mean, place, "|", ms=14, mew=2.5, color=colour)
-        plane.plot(*spot, "o", color=colour)
-        plane.annotate(f" {place + 1}", spot, color=colour, va="center")
-    for base in result["bases"]:
-        values = torch.tensor(base["reward_law"]["values"]).double()
-        p = torch.tensor(base["reward_law"]["p"]).double()
-        tilts = [dtm.exact_tilt(p, values, a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
-        costs = [lab.kl(tilt, p) for tilt in tilts]
-        plane.plot(costs, [(tilt @ values).item() for tilt in tilts], "k-", lw=0.8)
-    dots.set_yticks(range(len(methods)), [f"{k} {name}" for k, name in enumerate(methods, 1)])
-    dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats")
+        dots.plot(ends[name], place, "|", ms=14, mew=2.5, color=colour)
+    dots.set_yticks(range(len(aimed)), aimed)
+    dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats", title="with a target")
     dots.invert_yaxis()
-    plane.set_xlim(left=0.9 * min(row["kl_base"] for row in result["rows"]))
-    plane.set_ylim(0.9 * min(row["reward"] for row in result["rows"]), 1.02)
-    plane.set(xlabel="KL to the base, nats; line: the tilts", ylabel="expected reward")
-    ends = {name: lab.mean_and_error(rows, "kl_reverse")[0] for name, rows in methods.items()}
-    first, second = sorted(ends, key=ends.get)[:2]
-    figure.suptitle(f"Least KL(rho_theta || rho_A): '{first}', then '{second}'")
+    draw_plane(plane, result, {name: rows for name, rows in methods.items() if name not in aimed})
+    figure.suptitle(f"Nearest to the target: {aimed[0]}, then {aimed[1]}")
     return lab.save_figure(figure, path)
 
 
+def draw_plane(axis, result: dict, methods: dict[str, list[dict]]) -> None:
+    """Reward against KL to the base along the runs, below the frontier on which the tilts lie."""
+    for place, (name, rows) in enumerate(methods.items()):
+        traces = [row["trace"] for row in rows]
+        way = [mean_of_looks(traces, key) for key in ("kl_base", "reward")]
+        colour = lab.COLOURS[place % len(lab.COLOURS)]
+        axis.plot(*way, "o-", ms=2.5, lw=1, color=colour, label=name)
+    for base in result["bases"]:
+        values = torch.tensor(base["reward_law"]["values"]).double()
+        p = torch.tensor(base["reward_law"]["p"]).double()
+        a_end = result["config"]["a_end"]
+        tilts = [dtm.exact_tilt(p, values, a_end * (i / 20) ** 2) for i in range(41)]  # to 4 A
+        costs = [lab.kl(tilt, p) for tilt in tilts]
+        axis.plot(costs, [(tilt @ values).item() for tilt in tilts], "k-", lw=0.5)
+    axis.legend(fontsize=8, loc="lower right")
+    axis.set(xlabel="KL to the base, nats; black: the tilts", ylabel="expected reward")
+    axis.set(title="without: along the run", ylim=(0, 1.03), xlim=(0, None))
+
+
+def mean_of_looks(traces: list[list[dict]], key: str) -> list[float]:
+    """The mean over seeds at each look."""
+    looks = torch.tensor([[record[key] for record in trace] for trace in traces])
+    return looks.mean(0).tolist()
+
+
+def with_other_order(result: dict) -> dict:
+    """JustGRPO once more, scored by the law of the order in which it draws."""
+    rows, arms = list(result["rows"]), list(result["arms"])
+    for row in result["rows"]:
+        scores = row["trace"][-1].get("left_to_right")
+        if scores:
+            kept = {key: row[key] for key in ("seed", "seconds")}
+            rows.append({"arm": f"{row['arm']}, its order", **kept, **scores})
+    arms += [{"name": name} for name in {row["arm"]: 0 for row in rows[len(result["rows"]) :]}]
+    return result | {"rows": rows, "arms": arms}
+
+
+# ---- 8. Command ---------------------------------------------------------------------------------
 def main() -> None:
-    about = "c-DTM and its rivals at equal evaluations: 3200 steps, a learning rate a method."
-    parser = lab.make_parser(about, without=("phases",))
-    cfg, seeds, args = lab.read_settings(parser, preset={"steps": 3200})
-    file = args.out / ("quick_rivals.json" if args.quick else "rivals.json")
+    about = "c-DTM and its rivals at equal evaluations; the file's head explains the scores."
+    parser = lab.make_parser(about, without=("lr",))
+    parser.add_argument("--tune", action="store_true", help="try half and twice each learning rate")
+    parser.add_argument("--only", help="methods whose name contains this (default: all)")
+    cfg, seeds, args = lab.read_settings(parser, preset={"steps": 1600, "batch": 256})
+    part = "rivals_tuning" if args.tune else "rivals"
+    file = args.out / f"{'quick_' if args.quick else ''}{part}.json"
     if args.plot_only:
         lab.redraw(parser, args, draw)
         return
-    methods = [replace(method, lr=args.lr or method.lr) for method in METHODS]
+    methods = [method for method in METHODS if (args.only or "") in method.name]
+    if not methods:
+        parser.error(f"--only {args.only}: no method of that name")
     least = 2 * max(method.rounds for method in methods)
     if cfg.rollouts < least:
         parser.error(f"{least // 2} rounds need at least {least} --rollouts")
-    result = lab.experiment(cfg, methods, seeds, args, run_method)
-    print(lab.format_table(result, COLUMNS))
+    if args.tune:
+        lab.save_result(file, tune(cfg, methods, args))
+        print("wrote", file)
+        return
+    result = run_all(cfg, methods, seeds, args, args.out / "rivals_rows")
+    print(lab.format_table(with_other_order(result), COLUMNS))
     lab.save_result(file, result)
+    shutil.rmtree(args.out / "rivals_rows")
     print("wrote", file, draw(result, file.with_suffix(".png")))
 
 

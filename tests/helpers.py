@@ -10,6 +10,7 @@ from torch import Generator
 
 import dtm
 import maze_lab as lab
+from figures import objectives
 
 ROOT = Path(__file__).parent.parent
 CFG = lab.Config(base_steps=30, base_batch=64, steps=24, phases=3, rollouts=192, batch=32, width=16)
@@ -76,3 +77,53 @@ def counts_of(x):
 
 def law_of(model):
     return dtm.exact_marginal(model, V, L).detach()
+
+
+# ---- the rivals' objectives, on paths of few moves, of V = 4 each --------------------------------
+VOCABULARY = lab.V  # where V is the samplers' 3
+
+
+def moves_table(length, seed, scale=0.3):
+    g = Generator().manual_seed(seed)
+    logits = torch.randn((VOCABULARY + 1) ** length, length, VOCABULARY, generator=g)
+    return dtm.Table(scale * logits.double())
+
+
+def frozen(model):
+    return model.requires_grad_(False)
+
+
+def one_position(row):
+    """A model of one position with the logits `row` (V,), whatever it sees."""
+    return dtm.Table(row.double().expand(VOCABULARY + 1, 1, VOCABULARY).clone())
+
+
+def batch(x, r, net, old, base, **changes):
+    settings = {
+        "advantage": r - r.mean(),
+        "a": 2.0,
+        "h": 0.5,
+        "noise": Generator().manual_seed(0),
+        "u": torch.rand(len(x), generator=Generator().manual_seed(1)),
+        "part": 0.5,
+        "spread": r.std().item() if len(r) > 1 else 1.0,
+        "count": 10**9,  # a group so large that an own reward is nothing in its mean
+        "weight": r,
+    }
+    return objectives.Batch(net, old, base, x, r, **(settings | changes))
+
+
+def each_token(objective, net, r, base, **changes):
+    """The mean of an objective over tokens drawn from net, of paths of one token."""
+    p = net.logits[VOCABULARY, 0].softmax(-1).detach()
+    old = frozen(dtm.Table(net.logits.detach().clone()))
+    losses = []
+    for token in range(VOCABULARY):
+        settings = {"advantage": r[token : token + 1] - p @ r, "spread": 1.0} | changes
+        x = torch.tensor([[token]])
+        losses.append(objective(batch(x, r[token : token + 1], net, old, base, **settings)))
+    return p @ torch.stack(losses)
+
+
+def gradient(loss, net):
+    return torch.autograd.grad(loss, net.logits, retain_graph=True)[0]

@@ -272,6 +272,30 @@ def test_scalar_c_is_the_running_best_of_past_batches():
         expected = 0.9 * expected + 0.1 * best
 
 
+def test_phases_share_the_budget_and_the_last_is_longer():
+    cfg = replace(CFG, rollouts=1000, steps=333, last=2.0)
+    rollouts, steps = zip(*lab.shares(cfg, 5), strict=True)
+    assert sum(rollouts) == 1000 and sum(steps) == 333
+    assert all(abs(n - 1000 / 6) <= 1 for n in rollouts[:-1])
+    assert all(abs(n - 333 / 6) <= 1 for n in steps[:-1])
+    assert lab.shares(cfg, 1) == [(1000, 333)]
+
+
+def test_reward_alone_is_the_policy_gradient_on_the_bound(monkeypatch):
+    """Advantages reach the loss as weights, with c = 0: it is -(r - mean r) (bound) / L."""
+    seen = []
+    plain = dtm.c_dtm_loss
+    monkeypatch.setitem(lab.LOSSES, "implicit", lambda *args: seen.append(args) or plain(*args))
+    cfg = replace(CFG, phases=1, steps=2)
+    schedule = lab.PlannedSteps([cfg.a_end])
+    (phase,) = lab.tilt(base_net(), SMALL, lab.REWARD_ALONE, cfg, schedule, seed=0)
+    torch.testing.assert_close(phase.w, phase.r - phase.r.mean())
+    logits, _, token, w, c = seen[0]
+    score = w * logits.log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    torch.testing.assert_close(plain(*seen[0]), -score)
+    assert c == 0
+
+
 def test_schedules_say_what_they_know():
     judge, equal = judge_of(base_net()), lab.Arm("x", schedule="equal h")
     planned = lab.make_schedule(equal, CFG, judge)
@@ -297,16 +321,16 @@ def test_an_unknown_control_or_schedule_is_no_other_one():
 # ---- the command line ----------------------------------------------------------------------------
 TINY = "--quick --steps 16 --rollouts 128 --phases 2 --base-steps 8 --jobs 2".split()
 KEYS = {"arm", "seed", "kl", "success", "target_success", "modes", "target_modes", "seconds"}
-FIVE = ["one jump", "c = 0", "c = 1", "best scalar c", "learned c"]
+SIX = ["reward alone", "one jump", "c = 0", "c = 1", "best scalar c", "learned c"]
 
 
 def test_the_lab_runs_end_to_end_and_redraws(tmp_path):
     ran = command("maze_lab.py", *TINY, "--seeds", 2, "--out", tmp_path)
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "quick_main.json").read_text())
-    assert [arm["name"] for arm in result["arms"]] == FIVE
-    assert [row["arm"] for row in result["rows"]] == [name for name in FIVE for _ in range(2)]
-    assert [row["seed"] for row in result["rows"]] == [0, 1] * 5
+    assert [arm["name"] for arm in result["arms"]] == SIX
+    assert [row["arm"] for row in result["rows"]] == [name for name in SIX for _ in range(2)]
+    assert [row["seed"] for row in result["rows"]] == [0, 1] * len(SIX)
     assert all(set(row) >= KEYS and row["arm"] in ran.stdout for row in result["rows"])
     annealed = [row["trace"] for row in result["rows"] if row["arm"] != "one jump"]
     for a, b in pairwise(annealed[::2]):  # one schedule for all annealed arms of a seed

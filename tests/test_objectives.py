@@ -1,0 +1,307 @@
+"""The objectives of the rivals, each against a second derivation; DMPO's are in test_dmpo.py."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import (
+    CFG,
+    VOCABULARY,
+    L,
+    batch,
+    each_token,
+    frozen,
+    gradient,
+    moves_table,
+    one_position,
+)
+from torch import Generator
+
+import dtm
+import maze_lab as lab
+from figures import objectives
+
+
+# ---- likelihoods and objectives ------------------------------------------------------------------
+def test_D11_sequence_law_is_the_marginal_and_has_its_gradient():
+    net, x = moves_table(3, 0), dtm.all_sequences(VOCABULARY, 3)
+    weight = torch.rand(VOCABULARY**3, generator=Generator().manual_seed(1)).double()
+    short = objectives.sequence_law(net, x, VOCABULARY)
+    full = dtm.exact_marginal(net, VOCABULARY, 3)
+    torch.testing.assert_close(short, full)
+    torch.testing.assert_close(gradient(weight @ short, net), gradient(weight @ full, net))
+
+
+def test_D11_sequence_law_of_a_net():
+    torch.manual_seed(0)
+    net, x = lab.MazeNet(3, CFG), dtm.all_sequences(VOCABULARY, 3)
+    expected = dtm.exact_marginal(net, VOCABULARY, 3).detach()
+    actual = objectives.sequence_law(net, x, VOCABULARY).detach()
+    torch.testing.assert_close(actual, expected, atol=1e-9, rtol=1e-5)
+
+
+def test_exact_reinforce_has_the_gradient_of_reward_minus_kl():
+    """Every sequence once, from a uniform sampler: the estimate is then the expectation, and its
+    optimum the tilt."""
+    length, a = 2, 2.0
+    net, base = moves_table(length, 0, 0.1), frozen(moves_table(length, 1))
+    old = frozen(moves_table(length, 0, 0.0))
+    x = dtm.all_sequences(VOCABULARY, length)
+    r = torch.rand(len(x), generator=Generator().manual_seed(2)).double()
+    b = batch(x, r, net, old, base, a=a)
+    rho = dtm.exact_marginal(net, VOCABULARY, length)
+    rho_0 = dtm.exact_marginal(base, VOCABULARY, length)
+    goal = -(rho @ r - (rho * (rho / rho_0).log()).sum() / a)
+    torch.testing.assert_close(gradient(objectives.exact_reinforce(b), net), gradient(goal, net))
+
+    states = dtm.all_sequences(VOCABULARY + 1, length)
+    tilt = dtm.exact_posterior(dtm.exact_tilt(rho_0, r, a), states)
+    best = dtm.Table(tilt.log().clamp_min(-60))
+    at_best = replace(b, net=best)
+    assert gradient(objectives.exact_reinforce(at_best), best).abs().max() < 1e-9
+
+
+def test_on_paths_of_one_token_all_surrogates_are_the_likelihood():
+    """At L = 1, where theta is the sampler and the KL weighs nothing, every policy gradient is that
+    of REINFORCE."""
+    x = torch.tensor([[0], [1], [1], [2], [3], [3], [3], [0]])
+    r = torch.rand(VOCABULARY, generator=Generator().manual_seed(3)).double()[x[:, 0]]
+    net = moves_table(1, 0)
+    old = frozen(dtm.Table(net.logits.detach().clone()))
+    b = batch(x, r, net, old, frozen(moves_table(1, 1)), a=1e12)
+    exact = gradient(objectives.exact_reinforce(b), net)
+    for rival in (objectives.spg, objectives.diffu_grpo, objectives.elbo_reinforce):
+        torch.testing.assert_close(gradient(rival(b), net), exact)
+    torch.testing.assert_close(gradient(objectives.uni_grpo(b), net) * (r.std() + 1e-4), exact)
+
+    weight = b.advantage.softmax(0) - (-b.advantage).softmax(0)
+    by_hand = -(weight * objectives.sequence_law(net, x, VOCABULARY).log()).sum()
+    torch.testing.assert_close(gradient(objectives.wd1(b), net), gradient(by_hand, net))
+
+
+@pytest.mark.parametrize(
+    "shift, stopped",
+    [
+        pytest.param([2.0, 0.9, 0.0, 0.0], 0, id="a good token above 1.5 times its old chance"),
+        pytest.param([0.0, -3.0, 0.0, 0.0], 1, id="a bad one below half of it"),
+    ],
+)
+def test_clipped_ratios_stop_where_they_should(shift, stopped):
+    old = frozen(one_position(torch.zeros(VOCABULARY)))
+    for row, advantage in enumerate((1.0, -1.0)):
+        net = one_position(torch.tensor(shift))
+        x, r = torch.tensor([[row]]), torch.tensor([0.5]).double()
+        advantage = torch.tensor([advantage]).double()
+        b = batch(x, r, net, old, old, a=1e12, advantage=advantage)
+        still = gradient(objectives.diffu_grpo(b), net).abs().max() < 1e-9
+        assert still == (row == stopped)
+
+
+@pytest.mark.parametrize("estimator, of_base", [("k2", False), ("k3", True)])
+def test_a_kl_estimator_as_a_loss_has_the_gradient_of_which_kl(estimator, of_base):
+    """On fixed draws from theta: k2 of KL(theta || base), k3 of KL(base || theta)."""
+    net, base = moves_table(1, 0), frozen(moves_table(1, 1))
+    p, q = [model.logits[VOCABULARY, 0].softmax(-1) for model in (net, base)]
+    estimate = p.detach() @ objectives.kl_estimate(q.log(), p.log(), estimator)
+    distance = (q * (q / p).log()).sum() if of_base else (p * (p / q).log()).sum()
+    torch.testing.assert_close(gradient(estimate, net), gradient(distance, net))
+
+
+REWARDS = torch.tensor([0.0, 0.3, 0.6, 1.0]).double()
+WITH_K2 = [objectives.diffu_grpo_k2, objectives.uni_grpo_k2, objectives.espo]
+
+
+@pytest.mark.parametrize("objective", WITH_K2, ids=lambda objective: objective.__name__)
+def test_with_k2_the_optimum_is_the_tilt(objective):
+    base = frozen(moves_table(1, 1))
+    p_0 = base.logits[VOCABULARY, 0].softmax(-1)
+    at_tilt = one_position(dtm.exact_tilt(p_0, REWARDS, 2.0).log())
+    size = gradient(each_token(objective, at_tilt, REWARDS, base), at_tilt).abs().max()
+    elsewhere = moves_table(1, 0)
+    far = gradient(each_token(objective, elsewhere, REWARDS, base), elsewhere).abs().max()
+    assert size < 1e-4 < 1e-2 < far
+
+
+@pytest.mark.parametrize("objective", [objectives.diffu_grpo, objectives.uni_grpo])
+def test_with_k3_the_optimum_is_rational(objective):
+    """p = b p_0 / (const - r) with b = 1/a: no tilt, and far behind one at a large a."""
+    base, a = frozen(moves_table(1, 1)), 20.0
+    p_0 = base.logits[VOCABULARY, 0].softmax(-1)
+    low, high = 1.0 + 1e-9, 1e3  # the constant, above the largest reward
+    for _ in range(200):
+        const = (low + high) / 2
+        total = (p_0 / (const - REWARDS)).sum() / a
+        low, high = (const, high) if total > 1 else (low, const)
+    rational = p_0 / (const - REWARDS) / a
+    net = one_position(rational.log())
+    assert gradient(each_token(objective, net, REWARDS, base, a=a), net).abs().max() < 1e-4
+    assert rational[3] < 0.99 < dtm.exact_tilt(p_0, REWARDS, a)[3]
+
+
+# ---- states and estimators of GDSD, ESPO, JustGRPO, TraFL ----------------------------------------
+def test_split_masks_are_complements_of_every_size():
+    x = torch.zeros(L + 1, L, dtype=torch.long)
+    masks = objectives.split_masks(x, 2, Generator().manual_seed(0))
+    assert torch.equal(masks[0::2], ~masks[1::2])
+    for mask in masks:
+        assert sorted(mask.sum(1).tolist()) == list(range(L + 1))
+
+
+def test_proper_split_masks_are_never_empty():
+    x = torch.zeros(500, L, dtype=torch.long)
+    masks = objectives.proper_split_masks(x, 2, Generator().manual_seed(0))
+    assert torch.equal(masks[0::2], ~masks[1::2])
+    assert masks.any(-1).all()
+
+
+def test_D6_espos_bound_is_unbiased():
+    """Its mean over sizes k = 0..L and masks of a size is the bound over k = 1..L."""
+    length = 3
+    net, x = moves_table(length, 0, 1.0), torch.tensor([[0, 2, 1], [3, 3, 0]])
+    espo, bound = 0.0, 0.0
+    for mask in dtm.all_sequences(2, length).bool():
+        k = int(mask.sum())
+        chance = 1 / ((length + 1) * math.comb(length, k))
+        rows = mask.expand(len(x), -1)
+        espo = espo + chance * objectives.split_elbo(net, x, torch.stack([rows, ~rows]))
+        if k > 0:
+            logs = torch.where(
+                rows,
+                net(x.masked_fill(rows, VOCABULARY))
+                .log_softmax(-1)
+                .gather(-1, x[..., None])[..., 0],
+                0,
+            )
+            bound = bound + logs.sum(1) / k / math.comb(length, k)
+    torch.testing.assert_close(espo, bound)
+
+
+def first_masked(pi):
+    """Chooses the first masked position of a state, for `exact_marginal`."""
+    return torch.cat([pi[:, :1], torch.zeros_like(pi[:, 1:])], 1)
+
+
+def test_left_to_right_logs_are_the_law_of_that_order():
+    net, x = moves_table(3, 0, 1.0), dtm.all_sequences(VOCABULARY, 3)
+    law = objectives.left_to_right_logs(net, x).sum(1).exp()
+    torch.testing.assert_close(law, dtm.exact_marginal(net, VOCABULARY, 3, choose=first_masked))
+
+
+def test_just_grpo_has_the_gradient_of_the_left_to_right_reward():
+    """Every path once, from a uniform sampler at theta: REINFORCE over the spread, per token."""
+    net, x = moves_table(2, 0, 0.0), dtm.all_sequences(VOCABULARY, 2)
+    r = torch.rand(len(x), generator=Generator().manual_seed(2)).double()
+    b = batch(x, r, net, net, net)
+    law = dtm.exact_marginal(net, VOCABULARY, 2, choose=first_masked)
+    expected = -gradient(law @ r, net) / (b.spread + 1e-4) / 2
+    torch.testing.assert_close(gradient(objectives.just_grpo(b), net), expected)
+
+
+def test_an_own_reward_in_the_mean_shrinks_the_advantage():
+    """E[r_i - mean_G r | y_i] = (1 - 1/G)(r_i - E r); leave-one-out does not shrink."""
+    p, G = torch.tensor([0.1, 0.2, 0.3, 0.4]).double(), 3
+    groups = dtm.all_sequences(VOCABULARY, G)
+    chance = p[groups[:, 1:]].prod(1)  # of the others
+    r = REWARDS[groups]
+    advantage = r[:, 0] - r.mean(1)
+    nothing = [None] * 5
+    b = objectives.Batch(*nothing, advantage, *[None] * 6, count=G, weight=None)
+    for own in range(VOCABULARY):
+        rows = groups[:, 0] == own
+        centred = REWARDS[own] - p @ REWARDS
+        torch.testing.assert_close(chance[rows] @ advantage[rows], (1 - 1 / G) * centred)
+        torch.testing.assert_close(chance[rows] @ b.leave_one_out[rows], centred)
+
+
+def test_trajectory_balance_with_the_exact_likelihood_ends_at_the_tilt():
+    """Its loss is 0 there, for the right constant, and its gradient with it."""
+    length, a = 2, 3.0
+    base, x = frozen(moves_table(length, 1)), dtm.all_sequences(VOCABULARY, length)
+    r = torch.rand(len(x), generator=Generator().manual_seed(2)).double()
+    rho_0 = dtm.exact_marginal(base, VOCABULARY, length)
+    tilt = dtm.exact_posterior(
+        dtm.exact_tilt(rho_0, r, a), dtm.all_sequences(VOCABULARY + 1, length)
+    )
+    best = dtm.Table(tilt.log().clamp_min(-60))
+    log_z = (rho_0.log() + a * r).logsumexp(0)
+    constant = objectives.Constant(length).double()
+    constant.z.data = (log_z - a * r.mean()) / length
+    b = batch(x, r, best, base, base, a=a, extra=constant)
+    loss = objectives.trafl_exact(b)
+    assert loss < 1e-12 and gradient(loss, best).abs().max() < 1e-6
+    other = moves_table(length, 0)
+    assert objectives.trafl_exact(replace(b, net=other)) > 1e-3
+
+
+# ---- GDSD ----------------------------------------------------------------------------------------
+def euler_step(teacher, rho, r, psi):
+    """pi(v|xt,i) e^{psi E[r | xt, x1_i = v]}, normalised: a table; and log of the normaliser."""
+    length = teacher.logits.shape[1]
+    states = dtm.all_sequences(VOCABULARY + 1, length)
+    x = dtm.all_sequences(VOCABULARY, length)
+    agree = ((states[:, None] == x) | (states == VOCABULARY)[:, None]).all(-1)  # (S, N)
+    is_v = torch.nn.functional.one_hot(x, VOCABULARY).double()  # (N, L, V)
+    joint = torch.einsum("sn,nlv->slv", agree * rho, is_v)
+    reward = torch.einsum("sn,nlv->slv", agree * rho * r, is_v) / joint.clamp_min(1e-300)
+    logits = teacher.logits.detach().log_softmax(-1) + psi * reward
+    return dtm.Table(logits.log_softmax(-1)), logits.logsumexp(-1)
+
+
+def test_gdsds_ideal_fixed_point_is_an_euler_step(monkeypatch):
+    length, psi = 2, 1.5
+    states = dtm.all_sequences(VOCABULARY + 1, length)
+    x = dtm.all_sequences(VOCABULARY, length)
+    rho = dtm.exact_marginal(moves_table(length, 0), VOCABULARY, length).detach()
+    r = torch.rand(len(x), generator=Generator().manual_seed(2)).double()
+    old = frozen(dtm.Table(dtm.exact_posterior(rho, states).log().clamp_min(-60)))
+    net, constants = euler_step(old, rho, r, psi)
+
+    def constant(xt):
+        return constants[dtm.state_number(xt, VOCABULARY)]
+
+    total = 0.0
+    for mask in dtm.all_sequences(2, length)[1:].bool():
+        monkeypatch.setattr(objectives, "random_masks", lambda x, n, g, mask=mask: mask[None, None])
+        for i, chance in enumerate(rho.tolist()):
+            row = (x[i : i + 1], r[i : i + 1])
+            b = batch(*row, net, old, old, advantage=row[1], h=psi, extra=constant)
+            total = total + chance * objectives.gdsd_ideal(b)
+    masked = (states == VOCABULARY)[..., None]
+    assert (gradient(total, net) * masked).abs().max() < 1e-9 < 1e-3 < total
+
+
+def test_gdsds_steps_approach_the_tilt_as_they_shrink():
+    """The distance falls as psi^2: an Euler scheme's error is O(psi), its KL the square of it."""
+    length, a = 2, 3.0
+    states = dtm.all_sequences(VOCABULARY + 1, length)
+    rho_0 = dtm.exact_marginal(moves_table(length, 0), VOCABULARY, length).detach()
+    r = torch.rand(len(rho_0), generator=Generator().manual_seed(2)).double()
+    target = dtm.exact_tilt(rho_0, r, a)
+    distances = []
+    for steps in (4, 8, 16):
+        rho = rho_0
+        for _ in range(steps):
+            teacher = dtm.Table(dtm.exact_posterior(rho, states).log().clamp_min(-60))
+            moved, _ = euler_step(teacher, rho, r, a / steps)
+            rho = dtm.exact_marginal(moved, VOCABULARY, length).detach()
+        distances.append((target * (target / rho).log()).sum().item())
+    for large, small in itertools.pairwise(distances):
+        assert 3 < large / small < 6
+
+
+def test_gdsd_as_shipped_is_reinforce_with_a_dead_zone():
+    """At theta = old the gradient is that of -2 psi K/L A S (and nothing of the base); once S has
+    moved by 4e-4 nothing is left but its weak anchor, whatever the advantage."""
+    x, r = torch.tensor([[0], [1], [2], [3]]), REWARDS
+    net = moves_table(1, 0)
+    old = frozen(dtm.Table(net.logits.detach().clone()))
+    b = batch(x, r, net, old, frozen(moves_table(1, 1)))
+    score = objectives.hidden_logs(net, x, torch.ones_like(x, dtype=torch.bool))[:, 0] / 2
+    reinforce = gradient(-2 * 10.0 * 2 * (b.advantage * score).mean(), net)
+    torch.testing.assert_close(gradient(objectives.gdsd(b), net), reinforce, atol=1e-3, rtol=1e-3)
+
+    moved = dtm.Table(net.logits.detach() + torch.tensor([0.3, 0.0, -0.3, 0.1]))
+    left = gradient(objectives.gdsd(replace(b, net=moved)), moved).abs().max()
+    assert left < 1e-3 < 1 < reinforce.abs().max()
