@@ -84,8 +84,8 @@ METHODS = [
     Method("GDSD, as shipped", 5e-4, objective="gdsd", target=False),
     Method("UniGRPO, k3", 1e-4, objective="uni_grpo", target=False),
     Method("UniGRPO, k2", 2e-4, objective="uni_grpo_k2"),
-    Method("diffu-GRPO, k3", 1e-3, objective="diffu_grpo", target=False, states=ONE),
-    Method("diffu-GRPO, k2", 1e-3, objective="diffu_grpo_k2", target=False, states=ONE),
+    Method("diffu-GRPO, k3", 2e-3, objective="diffu_grpo", target=False, states=ONE),
+    Method("diffu-GRPO, k2", 2e-3, objective="diffu_grpo_k2", target=False, states=ONE),
     Method("wd1, b = 0", 1e-4, objective="wd1", target=False, states=ONE),
     Method("wd1, b = .04", 1e-4, objective="wd1", target=False, states=ONE, mix=0.04),
     Method("SPG", 5e-5, objective="spg", target=False),
@@ -343,7 +343,8 @@ def kept(folder: Path, cfg: lab.Config, method: Method, base: dict, device: str)
 def fingerprint(*settings) -> str:
     """Of the settings, and of the code that a row depends on."""
     sources = [Path(module.__file__).read_text() for module in (dtm, lab, objectives)]
-    functions = [inspect.getsource(function) for function in (compete, mixture, run_method)]
+    parts = (compete, target_tilt, mixture, ClosedLoop, way_come, affordable_steps, run_method)
+    functions = [inspect.getsource(part) for part in parts]
     text = "\n".join([*map(repr, settings), torch.__version__, *sources, *functions])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -418,6 +419,7 @@ def draw(result: dict, path: Path) -> Path:
         dots.plot(ends[name], place, "|", ms=14, mew=2.5, color=colour)
     dots.set_yticks(range(len(aimed)), aimed)
     dots.set(xscale="log", xlabel="KL(rho_theta || rho_A), nats", title="with a target")
+    dots.xaxis.set_minor_formatter("")
     dots.invert_yaxis()
     draw_plane(plane, result, {name: rows for name, rows in methods.items() if name not in aimed})
     figure.suptitle(f"Nearest to the target: {aimed[0]}, then {aimed[1]}")
