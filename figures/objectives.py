@@ -1,17 +1,18 @@
-"""The rivals' objectives, as their authors have them: likelihoods, states, estimators, losses.
+"""The rivals' objectives, and ours for comparison: likelihoods, states, estimators, losses.
 
-A reward objective for a masked diffusion model needs the likelihood of a whole sequence, which such
-a model does not have. The methods differ in what stands in for it, and in what keeps them near the
-base. `figures/rivals.py` runs them. Formulas are those of the public code where there is any; what
-a prompt, an end token or a block would do falls away, for the maze has none.
+A policy gradient needs the likelihood of a whole sequence, which a masked diffusion model does not
+have. The methods differ in what stands in for it, and in what keeps them near the base.
+`figures/rivals.py` runs them. Formulas are those of the public code where there is any, and what we
+changed is said at each; what a prompt, an end token or a block would do falls away, for the maze
+has none. All of a round's paths are one group.
 
 ANCHORS. What a method converges to if it converges, with the KL to the base weighed by 1/a:
     tilt         rho_a ~ rho_0 e^{a r}, as far as its stand-in is the log-likelihood
     of states    pi(v|xt) ~ pi_0(v|xt) e^{a E[r | xt, v]} at the states it sees: ignores, in a
                  state, the KL still to be paid in later ones
     rational     p ~ p_0 / (const - a r): the optimum of e^d - d - 1 used as a loss, which never
-                 concentrates like a tilt
-    none         stops where all rewards of a group are the same
+                 concentrates like a tilt; at the states it sees
+    none         it stops where all rewards of a group are the same
 
 CONTENTS   1 likelihoods and states   2 a batch   3 clipped ratios   4 without an anchor
            5 anchored at the tilt   6 GDSD   7 DMPO   8 the list
@@ -71,8 +72,8 @@ def random_masks(x: Tensor, n: int, noise: Generator) -> Tensor:
 
 def split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
     """(2 pairs, B, L): masks and their complements, the states of GDSD and ESPO (GaryBall/GDSD,
-    ML-GSAI/ESPO): one k ~ U{0..L} a batch, row b hides k + b (L + 1)/B positions, modulo L + 1.
-    Either half may be empty."""
+    ML-GSAI/ESPO). Sizes are spread evenly over 0..L: with one k ~ U{0..L} a batch, row b hides
+    k + b (L + 1)/B positions, modulo L + 1. Either half may be empty."""
     B, L = x.shape
     masks = []
     for _ in range(pairs):
@@ -82,18 +83,6 @@ def split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
         order = dtm.ranks(torch.rand(B, L, generator=noise, device=x.device))
         mask = order < count[:, None]
         masks += [mask, ~mask]
-    return torch.stack(masks)
-
-
-def proper_split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
-    """(2 pairs, B, L): k ~ U{1..L-1} masks and their complements, neither empty (TraFL)."""
-    B, L = x.shape
-    masks = []
-    for _ in range(pairs):
-        count = torch.randint(1, max(2, L), (B, 1), generator=noise, device=x.device)
-        order = dtm.ranks(torch.rand(B, L, generator=noise, device=x.device))
-        mask = order < count
-        masks += [mask, ~mask if L > 1 else mask]
     return torch.stack(masks)
 
 
@@ -111,11 +100,11 @@ class Batch:
     a: float  # the target's tilt in this round: 1/a weighs the KL to the base
     h: float  # how much of it the round adds
     noise: Generator
-    u: Tensor  # (B,) a uniform number of each path, drawn once a round
-    part: float  # of the round's budget that is spent
+    start: Tensor  # (B,) a uniform number of each path, drawn once a round
+    progress: float  # of the round: 0 in its first step, 1 in its last
     spread: float  # standard deviation of the round's rewards
-    count: int  # n, the paths of the round: one group
-    weight: Tensor  # (B,) of DMPO
+    count: int  # n, the paths of the round
+    weight: Tensor | None = None  # (B,) of DMPO
     extra: Callable | None = None  # what an objective learns beside the student, see EXTRAS
 
     @property
@@ -128,9 +117,9 @@ class Batch:
 def kl_estimate(log_base: Tensor, log_now: Tensor, estimator: str) -> Tensor:
     """Of KL(theta || base), a term for each drawn token, d = log_base - log_now.
 
-    Both have the mean of that KL, or nearly; as a *loss* on fixed samples they differ:
+    k3 has its mean, k2 nearly; as a *loss* on fixed samples they differ:
         "k3"   e^d - d - 1    mean gradient of KL(base || theta); optimum "rational"
-        "k2"   d^2 / 2        mean gradient of KL(theta || base); optimum a tilt
+        "k2"   d^2 / 2        mean gradient of KL(theta || base); optimum "of states"
     """
     d = log_base - log_now
     if estimator == "k3":
@@ -139,60 +128,73 @@ def kl_estimate(log_base: Tensor, log_now: Tensor, estimator: str) -> Tensor:
     return d.square() / 2
 
 
-def clipped_gain(log_now: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
+def ppo_gain(log_now: Tensor, log_old: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """PPO's min(ratio A, clamp(ratio) A)."""
     ratio = (log_now - log_old).exp()
     return torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage)
 
 
-def clipped(b: Batch, mask: Tensor, advantage: Tensor, estimator: str, clip: float) -> Tensor:
-    """Clipped token ratios and the KL to the base, at the same mask for all networks."""
+def clipped_loss(
+    b: Batch, mask: Tensor, advantage: Tensor, clip: float, estimator: str, beta: float
+) -> Tensor:
+    """Clipped token ratios and beta times the KL to the base, at the same mask for all networks."""
     now = hidden_logs(b.net, b.x, mask)
     old = hidden_logs(b.old, b.x, mask)
     base = hidden_logs(b.base, b.x, mask)
-    gain = clipped_gain(now, old, advantage[:, None], clip)
-    gain = gain - kl_estimate(base, now, estimator) / b.a
+    gain = ppo_gain(now, old, advantage[:, None], clip)
+    gain = gain - beta * kl_estimate(base, now, estimator)
     return -dtm.row_mean(gain[mask], mask)
 
 
-def diffu_grpo(b: Batch, estimator: str = "k3") -> Tensor:
-    """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the first guesses only."""
+def diffu_grpo(b: Batch) -> Tensor:
+    """d1 (dllm-reasoning/d1): all of the path is hidden, so it sees the first guesses only. Its
+    k3 with its beta of .04. Anchor: rational."""
     mask = torch.ones_like(b.x, dtype=torch.bool)
-    return clipped(b, mask, b.advantage, estimator, clip=0.5)
-
-
-def uni_grpo(b: Batch, estimator: str = "k3") -> Tensor:
-    """UniGRPO (MMaDA's text): the share of masks grows over a round from a random start to all."""
-    L = b.x.shape[1]
-    start = (b.u * L).floor()  # (B,)
-    share = (b.part * (L - start) + start).floor() / L
-    noise = torch.rand(b.x.shape, generator=b.noise, device=b.x.device)
-    mask = (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True))  # at least one
-    return clipped(b, mask, b.advantage / (b.spread + 1e-4), estimator, clip=0.2)
+    return clipped_loss(b, mask, b.advantage, clip=0.5, estimator="k3", beta=0.04)
 
 
 def diffu_grpo_k2(b: Batch) -> Tensor:
-    """diffu-GRPO with the other estimator of its KL; our change."""
-    return diffu_grpo(b, "k2")
+    """diffu-GRPO with k2 and 1/a; our change. Anchor: of states, of the one it sees."""
+    mask = torch.ones_like(b.x, dtype=torch.bool)
+    return clipped_loss(b, mask, b.advantage, clip=0.5, estimator="k2", beta=1 / b.a)
+
+
+def uni_grpo(b: Batch) -> Tensor:
+    """UniGRPO (MMaDA's text; clip .2 and beta .01 of its re-implementation facebookresearch/igpo):
+    advantages over their standard deviation, k3. Anchor: rational."""
+    advantage = b.advantage / (b.spread + 1e-4)
+    return clipped_loss(b, growing_mask(b), advantage, clip=0.2, estimator="k3", beta=0.01)
 
 
 def uni_grpo_k2(b: Batch) -> Tensor:
-    """UniGRPO with the other estimator of its KL; our change."""
-    return uni_grpo(b, "k2")
+    """UniGRPO with k2, and 1/a in units of its advantage; our change. Anchor: of states."""
+    scale = 1 / (b.spread + 1e-4)
+    settings = {"clip": 0.2, "estimator": "k2", "beta": scale / b.a}
+    return clipped_loss(b, growing_mask(b), scale * b.advantage, **settings)
+
+
+def growing_mask(b: Batch) -> Tensor:
+    """UniGRPO's states (B, L): a mask's chance grows over a round, from a path's own start to 1."""
+    L = b.x.shape[1]
+    start = (b.start * L).floor()  # (B,)
+    share = (b.progress * (L - start) + start).floor() / L
+    noise = torch.rand(b.x.shape, generator=b.noise, device=b.x.device)
+    return (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True))  # at least one
 
 
 # ---- 4. Without an anchor: wd1, SPG, JustGRPO ---------------------------------------------------
 def wd1(b: Batch) -> Tensor:
     """wd1 (xiaohangt/wd1): weights softmax(advantage) - softmax(-advantage); d1's one state. With
-    its reference policy it differs in who draws the paths, see `rivals.Method.mix`."""
+    its reference policy it differs in who draws the paths, see `rivals.Method.mix`; the public code
+    of that does not run, and is repaired here. Anchor: none."""
     logs = hidden_logs(b.net, b.x, torch.ones_like(b.x, dtype=torch.bool)).sum(1)
     weight = b.advantage.softmax(0) - (-b.advantage).softmax(0)
     return -(weight * logs).sum()
 
 
 def spg(b: Batch) -> Tensor:
-    """SPG (facebookresearch/SPG, mixture .5, m = 2): a lower bound for good paths, half of it an
-    upper bound for bad ones; token means, so no 1/t weights."""
+    """SPG (facebookresearch/SPG, mixture .5, m = 2, beta 1.5): a lower bound for good paths, its
+    mean with an upper bound for bad ones, each per token. Anchor: none."""
     beta = 1.5
     masks = random_masks(b.x, 2, b.noise)  # (2, B, L)
     logs = hidden_logs(b.net, b.x, masks)
@@ -215,8 +217,9 @@ def left_to_right_logs(model: Callable, x: Tensor) -> Tensor:
 
 
 def just_grpo(b: Batch) -> Tensor:
-    """JustGRPO (LeapLabTHU/JustGRPO): REINFORCE on the left-to-right likelihood. Its ratio is 1, so
-    its clip does nothing; the mean is over paths of nonzero advantage."""
+    """JustGRPO (LeapLabTHU/JustGRPO): REINFORCE on the left-to-right likelihood, a mean over paths
+    of nonzero advantage. Its one step a round makes its ratio 1 and its clip idle; here a round has
+    about three, and still no ratio. Anchor: none."""
     advantage = b.advantage / (b.spread + 1e-4)
     counted = (b.advantage != 0).sum().clamp_min(1)
     logs = left_to_right_logs(b.net, b.x).mean(1)
@@ -226,11 +229,11 @@ def just_grpo(b: Batch) -> Tensor:
 # ---- 5. Anchored at the tilt: ESPO, TraFL, REINFORCE --------------------------------------------
 def espo(b: Batch) -> Tensor:
     """ESPO (ML-GSAI/ESPO): clipped ratio of the bounds of whole paths, k2 of their difference to
-    the base, two pairs of complementary masks. beta = 1/a."""
+    the base, two pairs of complementary masks. beta = 1/a. Anchor: tilt."""
     L = b.x.shape[1]
     masks = split_masks(b.x, 2, b.noise)
     now, old, base = [split_elbo(model, b.x, masks) for model in (b.net, b.old, b.base)]
-    gain = clipped_gain(now / L, old / L, b.leave_one_out, clip=0.2)
+    gain = ppo_gain(now / L, old / L, b.leave_one_out, clip=0.2)
     return (kl_estimate(base, now, "k2") / (b.a * L) - gain).mean()
 
 
@@ -242,43 +245,42 @@ def split_elbo(model: Callable, x: Tensor, masks: Tensor) -> Tensor:
 
 
 def trajectory_balance(b: Batch, now: Tensor, base: Tensor) -> Tensor:
-    """(log p - log p_0 - a (A - z))^2 a token, z learned: zero for all paths at the tilt alone."""
-    residual = (now - base) / b.x.shape[1] - b.a / b.x.shape[1] * b.leave_one_out
-    return (residual + b.extra()).square().mean()
+    """((log p - log p_0 - a A)/L + z)^2, the z of each batch its best: all residuals are equal at
+    the tilt alone. With prompts z(q) is a small net, which is learned; here it would be a number.
+    """
+    residual = (now - base - b.a * b.leave_one_out) / b.x.shape[1]
+    return (residual - residual.mean().detach()).square().mean()
 
 
 def trafl(b: Batch) -> Tensor:
     """TraFL (arXiv 2605.13935, after two public ports, no code of its authors): trajectory balance
-    with the bound, two pairs of complementary masks. beta = a/(L (1 - 1/G)) of the ports."""
-    masks = proper_split_masks(b.x, 2, b.noise)
-    now, base = [elbo(model, b.x, masks).mean(0) for model in (b.net, b.base)]
+    with the bound. Two pairs of complementary masks, of ESPO's sizes: the ports' never hide all.
+    beta = a/(L (1 - 1/G)) of the ports. Anchor: tilt."""
+    masks = split_masks(b.x, 2, b.noise)
+    now, base = [split_elbo(model, b.x, masks) for model in (b.net, b.base)]
     return trajectory_balance(b, now, base)
 
 
 def trafl_exact(b: Batch) -> Tensor:
-    """TraFL with the exact log-likelihood, 2^L states a path."""
+    """TraFL with the exact log-likelihood, 2^L states a path. Anchor: tilt."""
     x, which = b.x.unique(dim=0, return_inverse=True)
-    now = sequence_law(b.net, x, MASK).log()
-    base = sequence_law(b.base, x, MASK).log()
-    return trajectory_balance(b, now[which], base[which])
+    now = sequence_law(b.net, x, MASK).log()[which.cpu()]
+    base = sequence_law(b.base, x, MASK).log()[which.cpu()]
+    return trajectory_balance(b, now.to(b.x.device), base.to(b.x.device))
 
 
 def elbo_reinforce(b: Batch) -> Tensor:
     """REINFORCE with the bound (D6) for the log-likelihood, in the score and, at another state, in
-    the KL to the base. Ours."""
+    the KL to the base. Ours. Anchor: tilt."""
     masks = random_masks(b.x, 2, b.noise)
     with torch.no_grad():
         gain = b.r - (elbo(b.net, b.x, masks[0]) - elbo(b.base, b.x, masks[0])) / b.a
     return -((gain - gain.mean()) * elbo(b.net, b.x, masks[1])).mean()
 
 
-def reward_alone(b: Batch) -> Tensor:
-    """REINFORCE with the bound (D6) for the log-likelihood, and no KL to the base."""
-    return -(b.advantage * elbo(b.net, b.x, random_masks(b.x, 1, b.noise)[0])).mean()
-
-
 def exact_reinforce(b: Batch) -> Tensor:
-    """REINFORCE with the exact log-likelihood; at its optimum, rho_a, all gains are the same."""
+    """REINFORCE with the exact log-likelihood and ratios up to 2, 2^L states a path; at its optimum
+    all gains are the same. Ours. Anchor: tilt."""
     x, which, count = b.x.unique(dim=0, return_inverse=True, return_counts=True)
     log_now = sequence_law(b.net, x, MASK).log()
     log_old = sequence_law(b.old, x, MASK).log()
@@ -286,15 +288,16 @@ def exact_reinforce(b: Batch) -> Tensor:
     r = b.r.new_zeros(len(x)).scatter(0, which, b.r).cpu()
     gain = r - (log_now.detach() - log_base) / b.a
     ratio = (log_now.detach() - log_old).exp().clamp(max=2)
-    p = count.cpu() / count.sum() * ratio  # drawn from old: the ratio reweighs
+    p = (count / count.sum()).cpu() * ratio  # drawn from old: the ratio reweighs
     return -(p * (gain - p @ gain / p.sum()) * log_now).sum()
 
 
 # ---- 6. GDSD ------------------------------------------------------------------------------------
 def gdsd(b: Batch, psi: float = 10.0, beta: float = 1e-3, clip: float = 4e-4) -> Tensor:
-    """GDSD as shipped (GaryBall/GDSD, GSM8K's settings): a regression of the sum S of the logs at
-    two complementary masks, halved, on the advantage. The clamp lets S move by 4e-4 before the
-    gradient ends, and beta anchors it at a tilt of 2 psi K/beta = 40,000: no anchor in reach."""
+    """GDSD as shipped (GaryBall/GDSD, GSM8K's settings; its trainer without TLC, where the released
+    checkpoints are TLC's, whose S is ESPO's bound): a regression of the sum S of the logs at two
+    complementary masks, halved, on the advantage. The clamp lets S move by 4e-4 before the gradient
+    ends, and beta anchors it at a tilt of 2 psi K/beta = 40,000. Anchor: none in reach."""
     L = b.x.shape[1]
     masks = split_masks(b.x, 2, b.noise)
     sums = []
@@ -308,25 +311,15 @@ def gdsd(b: Batch, psi: float = 10.0, beta: float = 1e-3, clip: float = 4e-4) ->
 
 
 def gdsd_ideal(b: Batch) -> Tensor:
-    """GDSD's regression as it is meant, at one state a path: log pi - log pi_old = h A + const(xt,
-    i), the constant a small net's (the paper centres over the vocabulary, which moves the optimum).
-    Least squares: an Euler step of the exact tilt, pi_old e^{h E[A | xt, v]}, normalised."""
+    """GDSD's regression as it is meant, at one state a path and without its pull to the base:
+    log pi - log pi_old = h A - const(xt, i), the constant a small net's (the paper centres over the
+    vocabulary, which moves the optimum). Least squares: pi ~ pi_old e^{h E[A | xt, v]}, an Euler
+    step of the exact tilt. Anchor: tilt, as h -> 0."""
     mask = random_masks(b.x, 1, b.noise)[0]
     moved = hidden_logs(b.net, b.x, mask) - hidden_logs(b.old, b.x, mask)
     constant = b.extra(torch.where(mask, MASK, b.x))
     residual = moved - b.h * b.advantage[:, None] + constant
     return dtm.row_mean(residual.square(), mask)
-
-
-class Constant(nn.Module):
-    """The number z of `trajectory_balance`; with a prompt it would be a function of it."""
-
-    def __init__(self, L: int):
-        super().__init__()
-        self.z = nn.Parameter(torch.zeros(()))
-
-    def forward(self) -> Tensor:
-        return self.z
 
 
 class StateConstants(nn.Module):
@@ -342,11 +335,7 @@ class StateConstants(nn.Module):
         return self.net(nn.functional.one_hot(xt, V + 1).flatten(1).float())
 
 
-EXTRAS = {  # beside the student, with learning rates of their own
-    "trafl": (Constant, 1e-2),
-    "trafl_exact": (Constant, 1e-2),
-    "gdsd_ideal": (StateConstants, 2e-3),
-}
+EXTRAS = {"gdsd_ideal": (StateConstants, 2e-3)}  # beside the student, with its learning rate
 
 
 # ---- 7. DMPO (yuchen-zhu-zyc/DMPO 96af1a4) ------------------------------------------------------
@@ -419,7 +408,7 @@ def dmpo_round(
     old: Callable, base: Callable, x: Tensor, r: Tensor, a: float, baseline: str, noise: Generator
 ) -> Tensor:
     """DMPO's weights (n,) of a round, one group, from bounds (D6) at the same four masks for both
-    models; a mask whose complement is empty stands in for that."""
+    models; a mask whose complement is empty stands in for that, where DMPO counts it 0."""
     masks = antithetic_masks(x, noise)
     masks[2:] |= masks[:2].all(-1, keepdim=True)
     log_old, log_base = [elbo(model, x, masks).mean(0) for model in (old, base)]
@@ -442,6 +431,5 @@ OBJECTIVES = {
     "spg": spg,
     "just_grpo": just_grpo,
     "elbo_reinforce": elbo_reinforce,
-    "reward_alone": reward_alone,
     "exact_reinforce": exact_reinforce,
 }

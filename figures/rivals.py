@@ -6,17 +6,17 @@
 All methods start from the same base, draw with the same sampler at temperature 1, and may spend the
 same number of network evaluations: a sequence's forward pass counts 1, a backward pass 2 more. The
 passes of a teacher, a reference, an old policy count; a small net counts by its multiplications, a
-look-up in a table as the pass it stands for. A round's paths are one group. Both commands keep
-every row in OUT/rivals_rows until they end: a stopped one goes on where it was.
+look-up in a table as the pass it stands for. Every row is kept in OUT/rivals_rows until the command
+ends: a stopped one goes on where it was.
 
 METRICS beside those of maze_lab.py
     kl_reverse   KL(rho_theta || rho_A), nats; reward and kl_base: E r and KL(rho_theta || rho_0)
     frontier     min_a KL(rho_theta || rho_a): the distance to the frontier of reward against KL to
-                 the base, on which the tilts lie; what the same reward would have cost less
-    at_reward    the frontier distance at the first look with a reward of .9: the score of methods
-                 without a target, which go on past any tilt
+                 the base, on which the tilts lie; the KL that the same reward could have saved
+    at_reward    the frontier distance where the reward passes .9, between two looks: the score of
+                 methods without a target, which go on past any tilt
     kl_end       KL(rho_A || rho_theta) along the run, where kl is against the current tilt rho_a
-    target_kl, target_kl_reverse   kl and kl_reverse at the end, of methods that have a target
+    target_kl, target_kl_reverse   kl_end and kl_reverse at the end, of methods that have a target
     evaluations  network evaluations so far
 
 CONTENTS   1 methods   2 accounts   3 scores   4 a run   5 rows that stay   6 tuning
@@ -25,7 +25,6 @@ CONTENTS   1 methods   2 accounts   3 scores   4 a run   5 rows that stay   6 tu
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 import shutil
@@ -42,10 +41,6 @@ import dtm
 import maze_lab as lab
 from figures import objectives
 from figures.objectives import EXTRAS, OBJECTIVES, Batch
-from figures.objectives import dmpo_loss as dmpo_loss
-from figures.objectives import dmpo_weights as dmpo_weights
-from figures.objectives import mask_bernoulli as mask_bernoulli
-from figures.objectives import sequence_law as sequence_law
 from maze_lab import MASK
 
 PASSED = 0.9  # the reward at which methods without a target are compared
@@ -55,7 +50,8 @@ PASSED = 0.9  # the reward at which methods without a target are compared
 @dataclass
 class Method:
     """A row of the table. Whatever has a target anneals: c-DTM in phases of equal h, the others by
-    a target whose tilt rises evenly to A over the first `rise` of the rounds."""
+    a target whose tilt rises evenly to A over the first `rise` of the rounds. For methods without
+    one that tilt means nothing."""
 
     name: str
     lr: float  # chosen by --tune
@@ -63,6 +59,7 @@ class Method:
     objective: str = ""  # of a rival, a key of OBJECTIVES
     rounds: int = 128  # a round draws its rollouts anew
     rise: float = 0.5
+    restart: bool = False  # the learning rate falls to 0 in each round, as in c-DTM's phases
     target: bool = True  # aims at rho_A, as far as its stand-in is the likelihood
     closed: bool = False  # c-DTM with `ClosedLoop` for its h
     states: str = "random"  # that it sees
@@ -71,7 +68,7 @@ class Method:
     block: int | None = None  # of decoding; 1: from left to right
 
 
-ONE = "the masked one"  # the only state that a method sees
+ONE = "all masked"  # the only state that a method sees
 METHODS = [
     Method("c-DTM, learned c", 7e-3, lab.LEARNED),
     Method("c-DTM, closed loop", 7e-3, lab.LEARNED, closed=True),
@@ -80,7 +77,7 @@ METHODS = [
     Method("DMPO, u - v (as shipped)", 1e-4, objective="dmpo", baseline="neg"),
     Method("TraFL", 5e-4, objective="trafl"),
     Method("ESPO", 5e-4, objective="espo"),
-    Method("GDSD, ideal", 2e-3, objective="gdsd_ideal", rounds=16, rise=1.0),
+    Method("GDSD, ideal", 2e-3, objective="gdsd_ideal", rounds=16, rise=1.0, restart=True),
     Method("GDSD, as shipped", 5e-4, objective="gdsd", target=False),
     Method("UniGRPO, k3", 1e-4, objective="uni_grpo", target=False),
     Method("UniGRPO, k2", 2e-4, objective="uni_grpo_k2"),
@@ -165,13 +162,16 @@ class FrontierJudge(lab.Judge):
         return {
             "reward": (rho @ self.r.double()).item(),
             "kl_base": lab.kl(rho, rho_0),
+            "frontier": self.frontier(rho, rho_0),
             "success": paths.sum().item(),
             "modes": torch.special.entr(given).sum().exp().item(),
         }
 
-    def frontier(self, rho: Tensor) -> float:
-        """min_a KL(rho || rho_a), at the tilt of the same reward: a difference of KLs to rho_0."""
-        values, p = lab.reward_law(self.rho_0, self.r)
+    def frontier(self, rho: Tensor, rho_0: Tensor | None = None) -> float:
+        """min_a KL(rho || rho_a), at the tilt of the same reward: a difference of KLs to rho_0, the
+        base's law in random order unless another is given."""
+        rho_0 = self.rho_0 if rho_0 is None else rho_0
+        values, p = lab.reward_law(rho_0, self.r)
         reward = rho @ self.r.double()
         low, high = -1e3, 1e3
         for _ in range(60):
@@ -181,7 +181,7 @@ class FrontierJudge(lab.Judge):
             else:
                 high = a
         log_z = (p.log() + a * values).logsumexp(0)
-        return lab.kl(rho, self.rho_0) - (a * reward - log_z).item()
+        return lab.kl(rho, rho_0) - (a * reward - log_z).item()
 
 
 # ---- 4. A run -----------------------------------------------------------------------------------
@@ -221,26 +221,37 @@ def compete(
         h = target_tilt(method, cfg, k) - a
         a += h
         old = meter.watch(copy.deepcopy(student).requires_grad_(False))
-        *_, x = dtm.sample(
-            mixture(old, reference, method.mix), blank, MASK, block=method.block, generator=noise
-        )
+        drawn_by = mixture(old, reference, method.mix)
+        *_, x = dtm.sample(drawn_by, blank, MASK, block=method.block, generator=noise)
         r = maze.reward(x)
-        u = torch.rand(len(x), generator=noise, device=device)
+        start = torch.rand(len(x), generator=noise, device=device)
         weight = r  # read by DMPO alone
         if method.objective == "dmpo":
             weight = objectives.dmpo_round(old, reference, x, r, a, method.baseline, noise)
-        start, stop = meter.spent, total * (k + 1) / method.rounds
+        whole = Batch(
+            net, old, reference, x, r, r - r.mean(), a, h, noise, start, 0.0, r.std().item(), len(x)
+        )
+        begin, stop, cost = meter.spent, total * (k + 1) / method.rounds, 0.0
         while meter.spent < stop:
             i = torch.randperm(len(x), generator=noise, device=device)[: cfg.batch]
-            part = (meter.spent - start) / (stop - start)
-            drawn = (x[i], r[i], r[i] - r.mean())
-            settings = (a, h, noise, u[i], part, r.std().item(), len(x), weight[i], extra)
-            loss = OBJECTIVES[method.objective](Batch(net, old, reference, *drawn, *settings))
-            lab.take_step(optimiser, loss, method.lr * (1 - meter.spent / total))
+            progress = (meter.spent - begin) / max(stop - begin - cost, 1.0)
+            parts = {"x": x[i], "r": r[i], "advantage": whole.advantage[i], "start": start[i]}
+            parts |= {"weight": weight[i], "extra": extra, "progress": min(1.0, progress)}
+            before = meter.spent
+            loss = OBJECTIVES[method.objective](replace(whole, **parts))
+            lab.take_step(optimiser, loss, learning_rate(method, k, progress, meter.spent / total))
+            cost = meter.spent - before
         if (k + 1) % max(1, method.rounds // 16) == 0:
             seconds += time.perf_counter() - clock
             yield Look(a, student, meter.spent, seconds)
             clock = time.perf_counter()
+
+
+def learning_rate(method: Method, k: int, progress: float, spent: float) -> float:
+    """Falls to 0 over the run, or as in `maze_lab.tilt`."""
+    if method.restart:
+        return method.lr * (1 - 0.8 * k / method.rounds) * max(0.0, 1 - progress)
+    return method.lr * (1 - spent)
 
 
 def target_tilt(method: Method, cfg: lab.Config, k: int) -> float:
@@ -322,11 +333,21 @@ def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict
             share = sum(count for _, count in done) / own.steps
             trace.append(record | {"evaluations": share * budget(cfg, maze.L)})
     row = {"arm": method.name, "seed": base["seed"], **trace[-1], "trace": trace}
-    passed = [record["frontier"] for record in trace if record["reward"] >= PASSED]
-    row["at_reward"] = passed[0] if passed else None
+    row["at_reward"] = frontier_at(PASSED, [look.get("left_to_right", look) for look in trace])
     if method.target:
         row |= {"target_kl": row["kl_end"], "target_kl_reverse": row["kl_reverse"]}
     return row
+
+
+def frontier_at(reward: float, looks: list[dict]) -> float | None:
+    """The frontier distance where the reward first passes a value, linear between two looks."""
+    before = {"reward": 0.0, "frontier": 0.0}
+    for look in looks:
+        if look["reward"] >= reward:
+            share = (reward - before["reward"]) / (look["reward"] - before["reward"])
+            return before["frontier"] + share * (look["frontier"] - before["frontier"])
+        before = look
+    return None
 
 
 # ---- 5. Rows that stay --------------------------------------------------------------------------
@@ -343,14 +364,14 @@ def kept(folder: Path, cfg: lab.Config, method: Method, base: dict, device: str)
 def fingerprint(*settings) -> str:
     """Of the settings, and of the code that a row depends on."""
     sources = [Path(module.__file__).read_text() for module in (dtm, lab, objectives)]
-    parts = (compete, target_tilt, mixture, ClosedLoop, way_come, affordable_steps, run_method)
-    functions = [inspect.getsource(part) for part in parts]
-    text = "\n".join([*map(repr, settings), torch.__version__, *sources, *functions])
+    own = Path(__file__).read_text().partition("# ---- 2.")[2].partition("# ---- 5.")[0]
+    text = "\n".join([*map(repr, settings), torch.__version__, *sources, own])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def run_all(cfg: lab.Config, methods: list[Method], seeds: list[int], args, folder: Path) -> dict:
-    """`maze_lab.experiment`, its rows kept in the folder until all are there."""
+def run_all(cfg: lab.Config, methods: list[Method], seeds: list[int], args) -> dict:
+    """`maze_lab.experiment`, its rows kept in a folder until all are there."""
+    folder = args.out / "rivals_rows"
     folder.mkdir(exist_ok=True)
     return lab.experiment(cfg, methods, seeds, args, partial(kept, folder))
 
@@ -377,8 +398,7 @@ def score(method: Method, rows: list[dict]) -> float:
 def tune(cfg: lab.Config, methods: list[Method], args) -> dict:
     """Rows of every variant, and for each method its scores; prints who should move."""
     grid = [variant for method in methods for variant in variants(method)]
-    folder = args.out / "rivals_tuning_rows"
-    result = run_all(cfg, grid, TUNING_SEEDS, args, folder)
+    result = run_all(cfg, grid, TUNING_SEEDS, args)
     rows = lab.by_arm(result)
     result["scores"] = {variant.name: score(variant, rows[variant.name]) for variant in grid}
     for method in methods:
@@ -396,7 +416,7 @@ COLUMNS = {
     "target_kl": "KL(A||theta)",
     "target_kl_reverse": "KL(theta||A)",
     "frontier": "to frontier",
-    "at_reward": "same, at .9",
+    "at_reward": "at reward .9",
     "reward": "reward",
     "success": "success",
     "modes": "eff. paths",
@@ -422,7 +442,8 @@ def draw(result: dict, path: Path) -> Path:
     dots.xaxis.set_minor_formatter("")
     dots.invert_yaxis()
     draw_plane(plane, result, {name: rows for name, rows in methods.items() if name not in aimed})
-    figure.suptitle(f"Nearest to the target: {aimed[0]}, then {aimed[1]}")
+    if aimed:
+        figure.suptitle(f"Nearest to the target: {', then '.join(aimed[:2])}")
     return lab.save_figure(figure, path)
 
 
@@ -457,9 +478,11 @@ def with_other_order(result: dict) -> dict:
     for row in result["rows"]:
         scores = row["trace"][-1].get("left_to_right")
         if scores:
-            kept = {key: row[key] for key in ("seed", "seconds")}
-            rows.append({"arm": f"{row['arm']}, its order", **kept, **scores})
-    arms += [{"name": name} for name in {row["arm"]: 0 for row in rows[len(result["rows"]) :]}]
+            shared = {key: row[key] for key in ("seed", "seconds", "at_reward")}
+            rows.append({"arm": f"{row['arm']}, its order", **shared, **scores})
+            row["at_reward"] = None
+    names = [row["arm"] for row in rows[len(result["rows"]) :]]
+    arms += [{"name": name} for name in dict.fromkeys(names)]
     return result | {"rows": rows, "arms": arms}
 
 
@@ -471,6 +494,7 @@ def main() -> None:
     parser.add_argument("--only", help="methods whose name contains this (default: all)")
     cfg, seeds, args = lab.read_settings(parser, preset={"steps": 1600, "batch": 256})
     part = "rivals_tuning" if args.tune else "rivals"
+    part += "_only" if args.only else ""
     file = args.out / f"{'quick_' if args.quick else ''}{part}.json"
     if args.plot_only:
         lab.redraw(parser, args, draw)
@@ -484,12 +508,13 @@ def main() -> None:
     if args.tune:
         lab.save_result(file, tune(cfg, methods, args))
         print("wrote", file)
-        return
-    result = run_all(cfg, methods, seeds, args, args.out / "rivals_rows")
-    print(lab.format_table(with_other_order(result), COLUMNS))
+        return  # the rows stay: whoever moves goes on from here
+    result = run_all(cfg, methods, seeds, args)
     lab.save_result(file, result)
-    shutil.rmtree(args.out / "rivals_rows")
     print("wrote", file, draw(result, file.with_suffix(".png")))
+    print(lab.format_table(with_other_order(result), COLUMNS))
+    if not args.only:
+        shutil.rmtree(args.out / "rivals_rows")
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def batch(x, r, net, old, base, **changes):
         "a": 2.0,
         "h": 0.5,
         "noise": Generator().manual_seed(0),
-        "u": torch.rand(len(x), generator=Generator().manual_seed(1)),
-        "part": 0.5,
+        "start": torch.rand(len(x), generator=Generator().manual_seed(1)),
+        "progress": 0.5,
         "spread": r.std().item() if len(r) > 1 else 1.0,
         "count": 10**9,  # a group so large that an own reward is nothing in its mean
         "weight": r,

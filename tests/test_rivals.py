@@ -122,6 +122,12 @@ def test_a_closed_loop_asks_for_what_is_left():
     assert schedule(1.0, now) == pytest.approx((4.0 - 0.7) / 3, abs=1e-3)
 
 
+def test_the_frontier_is_read_where_the_reward_passes():
+    looks = [{"reward": 0.5, "frontier": 0.1}, {"reward": 1.0, "frontier": 0.6}]
+    assert rivals.frontier_at(0.9, looks) == pytest.approx(0.5)
+    assert rivals.frontier_at(0.9, looks[:1]) is None
+
+
 def test_a_stopped_table_goes_on_where_it_was(tmp_path, monkeypatch):
     made = []
 
