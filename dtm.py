@@ -28,7 +28,7 @@ THE MODEL PROTOCOL: model(xt, where=None) returns logits (B, L, V), or, given a 
 those positions' logits (M, V) in row-major order. For the oracles MASK = V, sequences are base-V
 numbers, most significant digit first, and laws are flat (V**L,). Half precision is reduced in
 float32, float64 in float64. Bad input raises ValueError. Equations (D1), (D2), ... are numbered
-here ((D10) is in figures/rivals.py); names such as Prop 3.3 are the paper's.
+here ((D10) is in figures/objectives.py); names such as Prop 3.3 are the paper's.
 """
 
 import copy

@@ -86,6 +86,18 @@ def split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
     return torch.stack(masks)
 
 
+def proper_split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
+    """(2 pairs, B, L): masks of k ~ U{1..L-1} positions and their complements, neither empty: the
+    states of TraFL's ports, so never the fully masked one."""
+    B, L = x.shape
+    masks = []
+    for _ in range(pairs):
+        count = torch.randint(1, max(2, L), (B, 1), generator=noise, device=x.device)
+        mask = dtm.ranks(torch.rand(B, L, generator=noise, device=x.device)) < count
+        masks += [mask, ~mask if L > 1 else mask]
+    return torch.stack(masks)
+
+
 # ---- 2. A batch ---------------------------------------------------------------------------------
 @dataclass
 class Batch:
@@ -254,10 +266,11 @@ def trajectory_balance(b: Batch, now: Tensor, base: Tensor) -> Tensor:
 
 def trafl(b: Batch) -> Tensor:
     """TraFL (arXiv 2605.13935, after two public ports, no code of its authors): trajectory balance
-    with the bound. Two pairs of complementary masks, of ESPO's sizes: the ports' never hide all.
-    beta = a/(L (1 - 1/G)) of the ports. Anchor: tilt."""
-    masks = split_masks(b.x, 2, b.noise)
-    now, base = [split_elbo(model, b.x, masks) for model in (b.net, b.base)]
+    with the bound, two pairs of complementary masks. beta = a/(L (1 - 1/G)). Anchor: tilt, but for
+    the fully masked state, which is never seen. (ESPO's masks, which see it, ended farther away.)
+    """
+    masks = proper_split_masks(b.x, 2, b.noise)
+    now, base = [elbo(model, b.x, masks).mean(0) for model in (b.net, b.base)]
     return trajectory_balance(b, now, base)
 
 

@@ -151,6 +151,13 @@ def test_split_masks_are_complements_of_every_size():
         assert sorted(mask.sum(1).tolist()) == list(range(L + 1))
 
 
+def test_proper_split_masks_are_never_empty():
+    x = torch.zeros(500, L, dtype=torch.long)
+    masks = objectives.proper_split_masks(x, 2, Generator().manual_seed(0))
+    assert torch.equal(masks[0::2], ~masks[1::2])
+    assert masks.any(-1).all()
+
+
 def test_D6_espos_bound_is_unbiased():
     """Its mean over sizes k = 0..L and masks of a size is the bound over k = 1..L."""
     length = 3
