@@ -684,10 +684,12 @@ def draw(result: dict, path: Path) -> Path:
                 bottom += row["success"] * share
         if name in arms:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
-    best = min(arms, key=lambda name: mean_and_error(arms[name], "kl")[0])
-    kept, goal = [mean_and_error(arms[best], key)[0] for key in ("modes", "target_modes")]
-    axis.set_title(f"'{best}' keeps {kept:.1f} of {goal:.1f} shortest paths, a shade each")
-    axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 8 else 20)
+    kept = {name: mean_and_error(rows, "modes")[0] for name, rows in arms.items()}
+    ends = [min(kept, key=kept.get), min(arms, key=lambda name: mean_and_error(arms[name], "kl"))]
+    ends = [f"'{name}' {kept[name]:.1f}" for name in ends]  # the fewest paths, the nearest law
+    goal = mean_and_error(any_arm, "target_modes")[0]
+    axis.set_title(f"of {goal:.1f} shortest paths, a shade each, {', '.join(ends)} are kept")
+    axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 9 else 20)
     axis.set(ylabel="probability; a bar is a seed", ylim=(0, 1.1))
     return save_figure(figure, path)
 
