@@ -73,8 +73,8 @@ def test_every_named_command_is_understood(text, monkeypatch, tmp_path):
         assert words == ["python", "dtm.py"]  # run below
     elif words[:3] == ["python", "-m", "figures.toy_llada"]:
         assert command(*words[1:], "--out", ROOT / "figures").returncode == 0
-    elif words[:3] == ["python", "-m", "figures.maze_gif"]:
-        assert words[3:] == []  # run at small size in test_figures
+    elif words[:3] in [["python", "-m", f"figures.{name}"] for name in ("maze_gif", "antibody")]:
+        assert words[3:] == []  # run at small size in test_figures, test_antibody
     elif words[1] == "-m":
         check_lab(words[3:], importlib.import_module(words[2]), monkeypatch, tmp_path)
     elif words[1] == "maze_lab.py":
