@@ -229,7 +229,7 @@ def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
 
 
 # ---- 3. Control variates: what c is, and how it learns from a batch once that has been used ------
-@dataclass
+@dataclass(eq=False)
 class FixedC:
     """c is a number: 0 leaves the control variate out, 1 is the paper's."""
 
