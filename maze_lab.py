@@ -166,9 +166,8 @@ def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> It
     a = 0.0
     plan = shares(cfg, arm.phases or cfg.phases)
     for k, (n, steps) in enumerate(plan):
-        peak = (arm.lr or cfg.lr) * (
-            1 - 0.8 * k / len(plan)
-        )  # in later phases there is less to move
+        # The later the phase, the less there is to move.
+        peak = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))
         # 2. draw from the teacher, score, weigh
         blank = torch.full((n, maze.L), MASK, device=device)
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)

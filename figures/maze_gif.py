@@ -1,4 +1,4 @@
-"""Collapse at sight: paths drawn from three models, `python -m figures.maze_gif`, a minute.
+"""Collapse at sight: paths drawn from three models, `python -m figures.maze_gif`, 2 minutes.
 
 Three arms of `maze_lab.py`, as it runs them on one seed: reward alone, one jump, annealed with a
 learned c. Each panel unmasks paths in random order: a line where the moves from the start are

@@ -27,7 +27,7 @@ from torch import Generator, Tensor, nn
 
 import dtm
 from dtm import check, wide
-from maze_lab import MASK, V
+from maze_lab import MASK, LearnedC, V
 
 
 # ---- 1. Likelihoods and states ------------------------------------------------------------------
@@ -80,9 +80,7 @@ def split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
         first = torch.randint(L + 1, (1,), generator=noise, device=x.device)
         steps = torch.arange(B, device=x.device) * (L + 1) / B
         count = (first + steps.round().long()) % (L + 1)  # (B,)
-        order = dtm.ranks(torch.rand(B, L, generator=noise, device=x.device))
-        mask = order < count[:, None]
-        masks += [mask, ~mask]
+        masks += with_complement(x, count[:, None], noise)
     return torch.stack(masks)
 
 
@@ -92,10 +90,20 @@ def proper_split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
     B, L = x.shape
     masks = []
     for _ in range(pairs):
-        count = torch.randint(1, max(2, L), (B, 1), generator=noise, device=x.device)
-        mask = dtm.ranks(torch.rand(B, L, generator=noise, device=x.device)) < count
-        masks += [mask, ~mask if L > 1 else mask]
+        count = torch.randint(1, L, (B, 1), generator=noise, device=x.device)
+        masks += with_complement(x, count, noise)
     return torch.stack(masks)
+
+
+def with_complement(x: Tensor, count: Tensor, noise: Generator) -> list[Tensor]:
+    """A mask (B, L) of count (B, 1) random positions, and its complement."""
+    mask = dtm.ranks(torch.rand(x.shape, generator=noise, device=x.device)) < count
+    return [mask, ~mask]
+
+
+def mask_by_chance(noise: Tensor, chance: Tensor) -> Tensor:
+    """(B, L): where the uniform noise (B, L) is below the chance (B, 1), and at least one a row."""
+    return (noise < chance) | (noise == noise.amin(1, keepdim=True))
 
 
 # ---- 2. A batch ---------------------------------------------------------------------------------
@@ -191,7 +199,7 @@ def growing_mask(b: Batch) -> Tensor:
     start = (b.start * L).floor()  # (B,)
     share = (b.progress * (L - start) + start).floor() / L
     noise = torch.rand(b.x.shape, generator=b.noise, device=b.x.device)
-    return (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True))  # at least one
+    return mask_by_chance(noise, share[:, None])
 
 
 # ---- 4. Without an anchor: wd1, SPG, JustGRPO ---------------------------------------------------
@@ -336,13 +344,11 @@ def gdsd_ideal(b: Batch) -> Tensor:
 
 
 class StateConstants(nn.Module):
-    """A constant (B, L) for each position of a state, by a net like that of the learned c."""
+    """A constant (B, L) for each position of a state, by the net of the lab's learned c."""
 
-    def __init__(self, L: int, hidden: int = 64):
+    def __init__(self, L: int):
         super().__init__()
-        state, relu = nn.Linear(L * (V + 1), hidden), nn.ReLU()
-        inner, out = nn.Linear(hidden, hidden), nn.Linear(hidden, L)
-        self.net = nn.Sequential(state, relu, inner, relu, out)
+        self.net = LearnedC(L, torch.device("cpu")).net
 
     def forward(self, xt: Tensor) -> Tensor:
         return self.net(nn.functional.one_hot(xt, V + 1).flatten(1).float())
@@ -359,7 +365,7 @@ def mask_bernoulli(
     u ~ U(0, 1), at least one."""
     noise = dtm.masking_noise(x1, mask_id, generator)
     u = torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    mask = (noise < 0.1 + 0.9 * u) | (noise == noise.amin(1, keepdim=True))
+    mask = mask_by_chance(noise, 0.1 + 0.9 * u)
     return torch.where(mask, mask_id, x1), mask
 
 

@@ -19,8 +19,8 @@ METRICS beside those of maze_lab.py
     target_kl, target_kl_reverse   kl_end and kl_reverse at the end, of methods that have a target
     evaluations  network evaluations so far
 
-CONTENTS   1 methods   2 accounts   3 scores   4 a run   5 rows that stay   6 tuning
-           7 table and figure   8 command
+CONTENTS   1 methods   2 accounts   3 a run   4 rows that stay   5 tuning   6 table and figure
+           7 command
 """
 
 import copy
@@ -39,7 +39,9 @@ from torch import Generator, Tensor, nn
 
 import dtm
 import maze_lab as lab
-from figures import objectives
+from figures import closed_loop, frontier, objectives
+from figures.closed_loop import ClosedLoop
+from figures.frontier import FrontierJudge, frontier_at
 from figures.objectives import EXTRAS, OBJECTIVES, Batch
 from maze_lab import MASK
 
@@ -98,10 +100,9 @@ class Meter:
     spent = 0.0
 
     def watch(self, model: nn.Module, cost: float = 1.0) -> Callable:
-        def metered(*inputs: Tensor) -> Tensor:
-            output = model(*inputs)
-            rows = len(inputs[0]) if inputs else 0  # a constant costs nothing
-            self.spent += rows * cost * (3 if output.requires_grad else 1)
+        def metered(xt: Tensor, *where: Tensor) -> Tensor:
+            output = model(xt, *where)
+            self.spent += len(xt) * cost * (3 if output.requires_grad else 1)
             return output
 
         return metered
@@ -132,57 +133,7 @@ def affordable_steps(cfg: lab.Config, arm: lab.Arm, student: lab.MazeNet, L: int
     return int(cfg.steps * 4 / (4 + 3 * small_cost(control.net, student, L)))
 
 
-# ---- 3. Scores ----------------------------------------------------------------------------------
-class FrontierJudge(lab.Judge):
-    """Adds the metrics of this file's head to the lab's."""
-
-    def __init__(self, maze: lab.Maze, base: dtm.Table, a_end: float):
-        super().__init__(maze, base)
-        self.base = dtm.Table(base.logits.cpu()).requires_grad_(False)
-        self.rho_end = dtm.exact_tilt(self.rho_0, self.r, a_end)
-
-    def measure(self, table: dtm.Table, a: float) -> dict:
-        rho = lab.law(table)
-        return super().measure(table, a) | {
-            "reward": (rho @ self.r.double()).item(),
-            "kl_base": lab.kl(rho, self.rho_0),
-            "kl_end": lab.kl(self.rho_end, rho),
-            "kl_reverse": lab.kl(rho, self.rho_end),
-            "frontier": self.frontier(rho),
-        }
-
-    def left_to_right(self, table: dtm.Table) -> dict:
-        """Scores of the law of a sampler that goes from left to right, as JustGRPO's."""
-        base, law = [objectives.left_to_right_logs(t, self.x).sum(1) for t in (self.base, table)]
-        rho_0, rho = base.double().exp(), law.double().exp()
-        paths = rho[self.optimal]
-        given = paths / paths.sum()
-        return {
-            "reward": (rho @ self.r.double()).item(),
-            "kl_base": lab.kl(rho, rho_0),
-            "frontier": self.frontier(rho, rho_0),
-            "success": paths.sum().item(),
-            "modes": torch.special.entr(given).sum().exp().item(),
-        }
-
-    def frontier(self, rho: Tensor, rho_0: Tensor | None = None) -> float:
-        """min_a KL(rho || rho_a), at the tilt of the same reward: a difference of KLs to rho_0, the
-        base's law in random order unless another is given."""
-        rho_0 = self.rho_0 if rho_0 is None else rho_0
-        values, p = lab.reward_law(rho_0, self.r)
-        reward = rho @ self.r.double()
-        low, high = -1e3, 1e3
-        for _ in range(60):
-            a = (low + high) / 2
-            if dtm.exact_tilt(p, values, a) @ values < reward:
-                low = a
-            else:
-                high = a
-        log_z = (p.log() + a * values).logsumexp(0)
-        return lab.kl(rho, rho_0) - (a * reward - log_z).item()
-
-
-# ---- 4. A run -----------------------------------------------------------------------------------
+# ---- 3. A run -----------------------------------------------------------------------------------
 @dataclass
 class Look:
     """At a rival's run, from outside, as with `maze_lab.tilt`."""
@@ -257,42 +208,6 @@ def target_tilt(method: Method, cfg: lab.Config, k: int) -> float:
     return cfg.a_end * min(1.0, (k + 1) / method.rounds / max(method.rise, 1e-9))
 
 
-class ClosedLoop:
-    """Equal steps over what is left from the tilt *reached* to A: a phase's rollouts, drawn
-    anyway, tell by their mean reward how far along its h the phase before came. Where that is less
-    sharp than a tenth of h, the phase is taken at its word. Not in the paper."""
-
-    def __init__(self, a_end: float, phases: int):
-        self.a_end = a_end
-        self.left = phases
-        self.reached = 0.0
-        self.before = None
-
-    def __call__(self, a: float, r: Tensor) -> float:
-        if self.before is not None:
-            self.reached += way_come(self.before, r, self.h)
-        self.h = (self.a_end - self.reached) / self.left
-        self.left -= 1
-        self.before = r
-        return self.h
-
-
-def way_come(before: Tensor, now: Tensor, h: float) -> float:
-    """The s at which weights e^{s r} give the rewards `before` a phase the mean of those after."""
-    before, now = before.double(), now.double()
-    error = (now.var() * (1 / len(now) + 1 / len(before))).sqrt()  # of the two means
-    if error > 0.1 * h * now.var():  # a unit of tilt moves the mean by the variance
-        return h
-    low, high = 0.0, 2 * h
-    for _ in range(40):
-        s = (low + high) / 2
-        if (s * before).softmax(0) @ before < now.mean():
-            low = s
-        else:
-            high = s
-    return low
-
-
 def mixture(model: Callable, base: Callable, share: float) -> Callable:
     """Logits of which `share` are the base's: the geometric mixture of the two, as wd1 draws."""
     if share == 0:
@@ -337,18 +252,7 @@ def run_method(cfg: lab.Config, method: Method, base: dict, device: str) -> dict
     return row
 
 
-def frontier_at(reward: float, looks: list[dict]) -> float | None:
-    """The frontier distance where the reward first passes a value, linear between two looks."""
-    before = {"reward": 0.0, "frontier": 0.0}
-    for look in looks:
-        if look["reward"] >= reward:
-            share = (reward - before["reward"]) / (look["reward"] - before["reward"])
-            return before["frontier"] + share * (look["frontier"] - before["frontier"])
-        before = look
-    return None
-
-
-# ---- 5. Rows that stay --------------------------------------------------------------------------
+# ---- 4. Rows that stay --------------------------------------------------------------------------
 def kept(folder: Path, cfg: lab.Config, method: Method, base: dict, device: str) -> dict:
     """`run_method`, unless its row lies in the folder already: same settings, same code."""
     file = folder / f"{fingerprint(cfg, method, base['seed'], device)}.json"
@@ -361,8 +265,9 @@ def kept(folder: Path, cfg: lab.Config, method: Method, base: dict, device: str)
 
 def fingerprint(*settings) -> str:
     """Of the settings, and of the code that a row depends on."""
-    sources = [Path(module.__file__).read_text() for module in (dtm, lab, objectives)]
-    own = Path(__file__).read_text().partition("# ---- 2.")[2].partition("# ---- 5.")[0]
+    modules = (dtm, lab, objectives, frontier, closed_loop)
+    sources = [Path(module.__file__).read_text() for module in modules]
+    own = Path(__file__).read_text().partition("# ---- 2.")[2].partition("# ---- 4.")[0]
     text = "\n".join([*map(repr, settings), torch.__version__, *sources, own])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -374,7 +279,7 @@ def run_all(cfg: lab.Config, methods: list[Method], seeds: list[int], args) -> d
     return lab.experiment(cfg, methods, seeds, args, partial(kept, folder))
 
 
-# ---- 6. Tuning ----------------------------------------------------------------------------------
+# ---- 5. Tuning ----------------------------------------------------------------------------------
 TUNING_SEEDS = [100, 101]  # not those of the table
 
 
@@ -395,21 +300,22 @@ def score(method: Method, rows: list[dict]) -> float:
 
 def tune(cfg: lab.Config, methods: list[Method], args) -> dict:
     """Rows of every variant, and for each method its scores; prints who should move."""
-    grid = [variant for method in methods for variant in variants(method)]
-    result = run_all(cfg, grid, TUNING_SEEDS, args)
+    grid = [variants(method) for method in methods]
+    result = run_all(cfg, sum(grid, []), TUNING_SEEDS, args)
     rows = lab.by_arm(result)
-    result["scores"] = {variant.name: score(variant, rows[variant.name]) for variant in grid}
-    for method in methods:
-        names = [variant.name for variant in variants(method)]
-        best = min(names, key=result["scores"].get)
-        found = ", ".join(f"{result['scores'][name]:.3f}" for name in names)
-        print(f"{'stays' if best == names[0] else 'MOVES'} {best}   ({found})")
+    result["scores"] = {}
+    for tried in grid:
+        scores = {variant.name: score(variant, rows[variant.name]) for variant in tried}
+        best = min(scores, key=scores.get)
+        found = ", ".join(f"{value:.3f}" for value in scores.values())
+        print(f"{'stays' if best == tried[0].name else 'MOVES'} {best}   ({found})")
+        result["scores"] |= scores
     for row in result["rows"]:
         del row["trace"]
     return result
 
 
-# ---- 7. Table and figure ------------------------------------------------------------------------
+# ---- 6. Table and figure ------------------------------------------------------------------------
 COLUMNS = {
     "target_kl": "KL(A||theta)",
     "target_kl_reverse": "KL(theta||A)",
@@ -472,25 +378,28 @@ def mean_of_looks(traces: list[list[dict]], key: str) -> list[float]:
 
 def with_other_order(result: dict) -> dict:
     """JustGRPO once more, scored by the law of the order in which it draws."""
-    rows, arms = list(result["rows"]), list(result["arms"])
+    rows, names = [], {}  # names in the order in which they come
     for row in result["rows"]:
         scores = row["trace"][-1].get("left_to_right")
-        if scores:
-            shared = {key: row[key] for key in ("seed", "seconds", "at_reward")}
-            rows.append({"arm": f"{row['arm']}, its order", **shared, **scores})
-            row["at_reward"] = None
-    names = [row["arm"] for row in rows[len(result["rows"]) :]]
-    arms += [{"name": name} for name in dict.fromkeys(names)]
+        if scores is None:
+            rows.append(row)
+            continue
+        name = f"{row['arm']}, its order"
+        names[name] = True
+        shared = {key: row[key] for key in ("seed", "seconds", "at_reward")}
+        rows.append(row | {"at_reward": None})
+        rows.append({"arm": name, **shared, **scores})
+    arms = [*result["arms"], *[{"name": name} for name in names]]
     return result | {"rows": rows, "arms": arms}
 
 
-# ---- 8. Command ---------------------------------------------------------------------------------
+# ---- 7. Command ---------------------------------------------------------------------------------
 def main() -> None:
     about = "c-DTM and its rivals at equal evaluations; the file's head explains the scores."
     parser = lab.make_parser(about, without=("lr",))
     parser.add_argument("--tune", action="store_true", help="try half and twice each learning rate")
     parser.add_argument("--only", help="methods whose name contains this (default: all)")
-    cfg, seeds, args = lab.read_settings(parser, preset={"steps": 1600, "batch": 256})
+    cfg, seeds, args = lab.read_settings(parser, preset={})
     part = "rivals_tuning" if args.tune else "rivals"
     part += "_only" if args.only else ""
     file = args.out / f"{'quick_' if args.quick else ''}{part}.json"

@@ -13,7 +13,7 @@ from torch import Generator
 
 import dtm
 import maze_lab as lab
-from figures import rivals
+from figures import closed_loop, rivals
 
 SMALL_METHODS = [replace(method, rounds=min(method.rounds, 4)) for method in rivals.METHODS]
 
@@ -70,8 +70,8 @@ def test_every_method_repeats_itself_and_spends_its_budget(method, monkeypatch):
     assert method.closed or trace[-1]["a"] == pytest.approx(CFG.a_end)
 
     allowed = rivals.budget(CFG, SMALL.L)
-    states = 2**SMALL.L if method.objective.endswith("exact") else 6  # of a path in a step, at most
-    states = 2**SMALL.L if method.objective == "exact_reinforce" else states
+    exact = method.objective in ("trafl_exact", "exact_reinforce")
+    states = 2**SMALL.L if exact else 6  # of a path in a step, at most
     spent = [record["evaluations"] for record in trace]
     assert spent == sorted(spent)
     assert allowed <= spent[-1] <= allowed + 5 * CFG.batch * states  # one step more, at most
@@ -114,8 +114,8 @@ def test_a_closed_loop_asks_for_what_is_left():
     odds = math.exp(0.7)
     ones = round(10_000 * odds / (1 + odds))
     now = torch.cat([torch.zeros(10_000 - ones), torch.ones(ones)])
-    assert rivals.way_come(before, now, h=1.0) == pytest.approx(0.7, abs=1e-3)
-    assert rivals.way_come(before[::500], now[::500], h=1.0) == 1.0  # too few to tell
+    assert closed_loop.way_come(before, now, h=1.0) == pytest.approx(0.7, abs=1e-3)
+    assert closed_loop.way_come(before[::500], now[::500], h=1.0) == 1.0  # too few to tell
 
     schedule = rivals.ClosedLoop(a_end=4.0, phases=4)
     assert schedule(0.0, before) == 1.0
