@@ -54,10 +54,14 @@ def test_both_directions_are_measured_against_the_end():
     assert objective == pytest.approx((log_z - found["kl_reverse"]) / 6.0)
 
 
+def row_of(method, cfg, seed, monkeypatch):
+    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed: SMALL)
+    return rivals.run_method(cfg, method, {"seed": seed, "net": base_net()}, "cpu")
+
+
 def run_method(method, cfg, seed, monkeypatch):
     """The trace of a row, without its seconds."""
-    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed: SMALL)
-    row = rivals.run_method(cfg, method, {"seed": seed, "net": base_net()}, "cpu")
+    row = row_of(method, cfg, seed, monkeypatch)
     return [record | {"seconds": 0} for record in row["trace"]]
 
 
@@ -106,6 +110,46 @@ def test_the_budget_is_what_c_dtm_spends(monkeypatch):
     finally:
         hook.remove()
     assert spent == rivals.budget(CFG, SMALL.L)
+
+
+def test_a_meter_counts_three_for_a_pass_forward_and_back():
+    meter, xt = rivals.Meter(), torch.full((5, SMALL.L), lab.MASK)
+    net = meter.watch(base_net())
+    net(xt)
+    assert meter.spent == 3 * 5
+    with torch.no_grad():
+        net(xt)
+    assert meter.spent == 4 * 5
+    meter.watch(base_net().requires_grad_(False), cost=0.1)(xt)
+    assert meter.spent == pytest.approx(4.1 * 5)
+
+
+def test_a_learned_c_pays_for_its_net():
+    """By the sizes of the matrices: one pass of the net for c against L of the student."""
+    hidden, d = 64, CFG.width
+    small = SMALL.L * (lab.V + 1) * hidden + hidden**2 + hidden * SMALL.L
+    attention, forward = 4 * d**2, 8 * d**2
+    student = SMALL.L * (CFG.layers * (attention + forward) + d * lab.V)
+    cfg = replace(CFG, steps=1000)
+    steps = rivals.affordable_steps(cfg, lab.LEARNED, base_net(), SMALL.L)
+    assert steps * (4 + 3 * small / student) <= 4000 < (steps + 1) * (4 + 3 * small / student)
+    assert rivals.affordable_steps(cfg, lab.C_1, base_net(), SMALL.L) == 1000
+
+
+def test_a_distance_to_the_target_is_for_methods_that_have_one(monkeypatch):
+    by_name = {method.name: replace(method, rounds=4) for method in rivals.METHODS}
+    shown = [by_name[name] for name in ("ELBO-REINFORCE", "SPG", "JustGRPO")]
+    rows = [row_of(method, CFG, 0, monkeypatch) for method in shown]
+    assert rows[0]["target_kl"] == rows[0]["kl_end"]
+    assert rows[0]["target_kl_reverse"] == rows[0]["kl_reverse"]
+    assert all("target_kl" not in row and "target_kl_reverse" not in row for row in rows[1:])
+
+    arms = [{"name": row["arm"]} for row in rows]
+    result = rivals.with_other_order({"rows": rows, "arms": arms, "seeds": [0]})
+    names = [row["arm"] for row in result["rows"]]
+    assert names == ["ELBO-REINFORCE", "SPG", "JustGRPO", "JustGRPO, its order"]
+    table = lab.format_table(result, rivals.COLUMNS).splitlines()
+    assert [line.split().count("-") >= 2 for line in table[2:]] == [False, True, True, True]
 
 
 def test_a_closed_loop_asks_for_what_is_left():
