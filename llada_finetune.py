@@ -1,32 +1,31 @@
-"""Discrete Tilt Matching on LLaDA-8B: the loss of `dtm.py` in one plain PyTorch loop that also runs whole on a laptop.
+"""Discrete Tilt Matching on LLaDA-8B: the loss of `dtm.py` in one plain PyTorch loop.
 
-    python llada_finetune.py --toy                                    a small LLaDA, made here, on 2 CPU cores
-    python llada_finetune.py --task sudoku --plan --gpus 8            memory, FLOPs and hours before renting
-    torchrun --nproc_per_node=8 llada_finetune.py --task sudoku       the full run; on several nodes add torchrun's
-                        --nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500
-    torchrun --nproc_per_node=8 llada_finetune.py --resume RUN        goes on where RUN stopped
-    python llada_finetune.py --task sudoku --eval --adapter RUN/best  test rows at lengths 256 and 512
-    python llada_finetune.py --merge OUT --adapter RUN/best           a whole checkpoint with the original names
+    torchrun --nproc_per_node=8 llada_finetune.py                  the full run, on Sudoku
+    torchrun --nproc_per_node=8 llada_finetune.py train --task countdown --out RUN
+    torchrun --nproc_per_node=8 llada_finetune.py eval --adapter RUN/best
+    python llada_finetune.py merge OUT --adapter RUN/best          a whole checkpoint
 
-THE ALGORITHM (`train`), symbols and equations (D1).. as in `dtm.py`
-1. a = 0; teacher = student = base model, each with an adapter (LoRA) that is zero
-2. the teacher answers prompts; its answers x1 and their rewards r are the buffer (`Buffer.fill`)
-3. a step: mask rows of the buffer (`mask_blockwise`), get both models' logits at the active block's masks, AdamW on
-   `c_dtm_loss` (D3) with w = e^{h r}; now and then renew a part of the buffer
-4. after steps_per_h steps: a <- a + h, teacher <- student or its average; back to 2 until a = a_end
+The same `train` command starts a run and goes on with it. On several nodes add torchrun's
+--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500. The same loop on a laptop, with a small
+LLaDA made there: python -m figures.toy_llada. GB and hours beforehand: python -m figures.llada_cost
 
-FOUR FACTS ABOUT LLADA: attention sees both sides, and logits at position t predict token t. Padding is EOS on the left;
-masks are honoured here, where the release attends to the pads. "o_proj", "gate_proj" and "down_proj" name nothing in it,
-so released code adapts four maps of seven (`--lora paper`). The mask is an ordinary id that sampling can draw: rollouts
-ban it. RANDOMNESS: a generator per rank (seed + rank) draws masks and tokens, torch's own, seeded alike, the adapter's
-dropout. DEVICE AND DTYPE: see `Ranks`. Files are safetensors, JSON and JSONL, written beside their name and renamed.
+CONTENTS   1 settings   2 the loop   3 the buffer   4 the control variate   5 a run, its checkpoints
+6 scores   7 the model   8 adapters   9 text   10 tasks   11 processes and files   12 command line
+
+FOUR FACTS ABOUT LLADA: attention sees both sides, and logits at position t predict token t. Padding
+is EOS on the left; masks are honoured here, where the release attends to the pads. "o_proj",
+"gate_proj" and "down_proj" name nothing in it, so released code adapts four maps of seven (`--lora
+paper`). The mask is an ordinary id that sampling can draw: rollouts ban it.
+RANDOMNESS: a generator per rank (seed + rank) draws masks and tokens; torch's own, seeded likewise,
+the adapter's dropout. DEVICE AND DTYPE: see `Ranks`. FILES are safetensors, JSON and JSONL, written
+beside their name and renamed. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
 """
 
 import argparse
-import ast
 import contextlib
 import csv
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -34,12 +33,12 @@ import os
 import random
 import re
 import shutil
+import signal
 import sys
 import time
-from fractions import Fraction
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -51,139 +50,815 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import dtm
-from dtm import c_dtm_loss, mask_blockwise, mask_random, phases, row_mean, tilt_weight
-from figures import objectives  # for --objective dmpo
+from dtm import c_dtm_loss, check, mask_blockwise, row_mean, tilt_weight
+from figures.answers import arithmetic, extract, final_answer, last_box, same
 
 
-def need(ok: bool, message: str) -> None:
-    if not ok:
-        raise ValueError(message)
+# ---- 1. Settings --------------------------------------------------------------------------------
+def option(default, text: str):
+    """A field of `Config` with the words that -h shows for it."""
+    return field(default=default, metadata={"help": text})
 
 
-@contextlib.contextmanager
-def told(message: str, *kinds: type[Exception]):
-    """Says in one sentence what errors of these kinds (none given: all of them) mean to the user."""
+@dataclass
+class Config:
+    """The settings of a run; each is a flag. Defaults are the release's for Sudoku, and a task's
+    `preset` says what it changes."""
+
+    task: str = option("sudoku", "name of the task")
+    model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint folder or hub id")
+    out: str = option("", "folder of the run (runs/TASK-SEED), or of the scores (ADAPTER-eval)")
+    seed: int = option(42, "rank k uses seed + k")
+    data: str = option("", "training rows, FILE.jsonl or FILE.csv; empty: the task's own")
+    test_data: str = option("", "test rows, likewise")
+    # the tilt
+    h: float = option(5.0, "tilt increment of a phase; with --ess the largest one")
+    a_end: float = option(100.0, "tilt A at which the run ends")
+    ess: float = option(0.0, "choose h by this effective sample size, a share; 0: h is fixed")
+    c: str = option("1", "control variate: a number, best (scalar) or learned, c(xt, i)")
+    normalize: str = option("none", "weights over their mean: none, batch (all ranks) or group")
+    steps_per_h: int = option(256, "optimiser steps of a phase")
+    # the buffer of a rank
+    prompts: int = option(80, "prompts in the buffer")
+    completions: int = option(1, "answers to a prompt")
+    refresh: int = option(20, "prompts renewed at a time")
+    refresh_steps: int = option(32, "optimiser steps between renewals; 0: none")
+    # decoding
+    chunk: int = option(16, "answers decoded at once")
+    gen_length: int = option(256, "tokens of an answer")
+    block: int = option(32, "tokens of a block, in decoding and in masking")
+    steps: int = option(128, "network evaluations of an answer of --gen_length")
+    temperature: float = option(0.0, "of rollouts")
+    order: str = option("confidence", "of rollouts; state (by certainty) and random keep the law")
+    prompt_length: int = option(1132, "longest prompt, tokens; longer ones are skipped, counted")
+    # the optimiser
+    batch: int = option(4, "answers in a forward pass")
+    accum: int = option(16, "forward passes of an optimiser step")
+    lr: float = option(3e-6, "learning rate, reached after 5 %% of a phase")
+    lr_min: float = option(1e-6, "learning rate after its fall over the last 10 %% of a phase")
+    weight_decay: float = option(0.1, "AdamW's; its betas are .9 and .99")
+    clip: float = option(1.0, "largest gradient norm")
+    ema: float = option(0.0, "decay a step of the student's average, the next teacher; 0: off")
+    # the adapter
+    lora: str = option("all", "adapted maps: all seven of a block, or paper, the release's four")
+    rank: int = option(128, "LoRA rank")
+    alpha: float = option(64.0, "LoRA alpha; the adapter is scaled by alpha / rank")
+    dropout: float = option(0.05, "LoRA dropout")
+    checkpointing: bool = option(True, "recompute activations: more time, far less memory")
+    # bookkeeping
+    save_every: int = option(100, "optimiser steps between checkpoints")
+    eval_rows: int = option(128, "validation rows decoded after a phase, to choose RUN/best")
+
+
+# The release's for Countdown; for mathematics ours, with room for longer prompts, larger rewards.
+COUNTDOWN = dict(h=6.0, steps_per_h=1200, prompts=40, completions=6, refresh=10, refresh_steps=25)
+COUNTDOWN |= dict(chunk=30, temperature=1.0, prompt_length=172, batch=12, accum=8)
+COUNTDOWN |= dict(lr=4e-6, lr_min=2e-6, clip=2.0, ema=0.95)
+MATHS = COUNTDOWN | dict(h=2.0, a_end=30.0, steps_per_h=300, prompt_length=700, batch=6, accum=16)
+CHOICES = {
+    "normalize": ("none", "batch", "group"),
+    "order": ("confidence", "state", "random"),
+    "lora": ("all", "paper"),
+}
+MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "temperature", "lr_min"}
+MAY_BE_ZERO |= {"weight_decay", "ema", "dropout", "eval_rows"}
+
+
+def make_config(**given) -> Config:
+    """The task's preset with the given changes. ValueError names the setting that cannot be."""
+    task = given.get("task", Config.task)
+    check(task in TASKS, f"--task {task}: expected one of {', '.join(TASKS)}")
+    cfg = Config(**{**TASKS[task].preset, **given})
+    cfg.out = cfg.out or f"runs/{task}-{cfg.seed}"
+    check_settings(cfg)
+    return cfg
+
+
+def check_settings(cfg: Config) -> None:
+    for name, value in asdict(cfg).items():
+        if name in CHOICES:
+            known = ", ".join(CHOICES[name])
+            check(value in CHOICES[name], f"--{name} {value}: expected one of {known}")
+        elif not isinstance(value, (str, bool)):
+            least = "0 or more" if name in MAY_BE_ZERO else "positive"
+            good = value > 0 or (value == 0 and name in MAY_BE_ZERO)
+            check(good and math.isfinite(value), f"--{name} {value} must be {least} and finite")
+    for name in ("ess", "dropout", "ema"):
+        check(getattr(cfg, name) < 1, f"--{name} {getattr(cfg, name)} must lie in [0, 1)")
+    number = re.fullmatch(r"(\d+\.?\d*|\.\d+)(e-?\d{1,2})?", cfg.c)
+    known = cfg.c in ("best", "learned") or number is not None
+    check(known, f"--c {cfg.c}: expected a number >= 0, best or learned")
+    check_lengths(cfg.gen_length, cfg.block, cfg.steps)
+    drawn = cfg.batch * cfg.accum
+    held = cfg.prompts * cfg.completions
+    too_few = f"a step draws batch x accum = {drawn} different answers, the buffer holds prompts x"
+    check(drawn <= held, f"{too_few} completions = {held}; lower --batch or --accum")
+    check(cfg.refresh <= cfg.prompts, f"--refresh {cfg.refresh} exceeds --prompts {cfg.prompts}")
+    off = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
+    check(off, "--refresh and --refresh_steps are both 0, or neither")
+    same = Path(cfg.data).is_file() and Path(cfg.test_data).is_file()
+    same = same and Path(cfg.data).read_bytes() == Path(cfg.test_data).read_bytes()
+    check(not same, "--data and --test_data hold the same rows")
+    if cfg.normalize == "none" and not cfg.ess:  # what overflows is said before the first rollout
+        tilt_weight(torch.tensor([TASKS[cfg.task].top]), cfg.h)
+
+
+def check_lengths(gen_length: int, block: int, steps: int) -> None:
+    fits = gen_length > 0 and block > 0 and gen_length % block == 0
+    check(fits, f"--gen_length {gen_length} must be a multiple of --block {block}")
+    blocks = gen_length // block
+    fits = steps >= blocks and steps % blocks == 0
+    check(fits, f"--steps {steps} must be a multiple of the {blocks} blocks")
+
+
+# ---- 2. The loop --------------------------------------------------------------------------------
+def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
+    """The algorithm of `dtm.py`, from wherever `run` stands. a = 0 is the base model; teacher and
+    student are two adapters on it. watch(run) is called at a = 0 and after each phase, before its
+    checkpoint."""
+    cfg, state, buffer = run.cfg, run.state, run.buffer
+    student = parallel(run.model, run.ranks)
+    if state.total == 0:
+        score_phase(run, watch)
+    while cfg.a_end - state.a > 1e-9 * cfg.a_end:
+        if state.step == 0:  # a new phase: rollouts of its teacher, then its h
+            buffer.data = {}
+            buffer.fill(cfg.prompts)
+            state.h = choose_h(buffer, state.a, cfg)
+            run.lap("rollout")
+        with run.progress_bar() as bar:
+            while state.step < cfg.steps_per_h:
+                if cfg.refresh and state.step and state.step % cfg.refresh_steps == 0:
+                    buffer.fill(cfg.refresh)
+                    run.lap("rollout")
+                optimiser_step(run, student)
+                bar.update()
+                due = run.stop or state.total % cfg.save_every == 0
+                if due and state.step < cfg.steps_per_h:
+                    run.save()
+                    run.leave_if_stopped()
+        run.end_phase()  # teacher <- student or its average; a <- a + h; step <- 0
+        score_phase(run, watch)
+        run.save()
+        run.leave_if_stopped()
+    if not run.valid:
+        if run.ranks.rank == 0:
+            run.teacher.save(run.out / "best", cfg.model, run.inputs["base"])
+        run.say("no validation rows: RUN/best is the last phase")
+
+
+def choose_h(buffer: "Buffer", a: float, cfg: Config) -> float:
+    """A phase's tilt increment: fixed, or by effective sample size (D9); the last is shortened."""
+    h = dtm.next_h(buffer.everywhere("r"), cfg.ess, cfg.h) if cfg.ess else cfg.h
+    check(h > 1e-9 * cfg.a_end, f"h = {h:g} at a = {a:g} does not lead to a_end = {cfg.a_end:g}")
+    return min(h, cfg.a_end - a)
+
+
+def learning_rate(cfg: Config, step: int) -> float:
+    """Rises over 5 % of a phase and falls linearly to lr_min over the last 10 %."""
+    left = cfg.steps_per_h - step - 1
+    fall = max(0.0, 1 - left / (0.1 * cfg.steps_per_h))
+    rise = min(1.0, (step + 1) / (0.05 * cfg.steps_per_h))
+    return rise * (cfg.lr + (cfg.lr_min - cfg.lr) * fall)
+
+
+def optimiser_step(run: "Run", student: nn.Module) -> None:
+    """One step of AdamW on `batch` x `accum` answers of each rank's buffer, and its record."""
+    cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
+    w = buffer.weights(state.h).to(ranks.device, torch.float32)
+    parts = buffer.draw(cfg.batch * cfg.accum, cfg.batch)
+    run.student.train()
+    terms = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    for i, part in enumerate(parts):
+        last = i + 1 == len(parts)
+        together = contextlib.nullcontext() if last or ranks.size == 1 else student.no_sync()
+        with together:  # ranks exchange gradients once a step
+            loss, part_terms = loss_terms(run, student, part, w[part])
+            (loss / len(parts)).backward()
+        terms += part_terms / len(parts)
+    norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
+    finite = math.isfinite(norm) and bool(terms.isfinite().all())
+    where = f"the loss is not finite at step {state.total + 1}, rank {ranks.rank}"
+    check(finite, f"{where}; the last checkpoint is whole. Lower --lr or --h, or --normalize batch")
+    rate = learning_rate(cfg, state.step)
+    run.adam.param_groups[0]["lr"] = rate
+    run.adam.step()
+    run.adam.zero_grad()
+    run.control.fit(ranks)
+    for name, p in run.student.named_parameters() if cfg.ema else ():
+        run.average[name].lerp_(p.detach(), 1 - cfg.ema)
+    state.step += 1
+    state.total += 1
+    run.log_step(terms, grad_norm=norm, lr=rate)
+
+
+def loss_terms(run: "Run", student: nn.Module, part: list[int], w: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of one forward pass over the buffer's answers `part`, with weights w (B,); beside
+    it, for the log, [loss, KL(pi_a || pi_theta), mean c] in float64."""
+    model, data = run.model, run.buffer.data
+    x1 = data["x1"][part]  # (B, L)
+    mask_id = model.config["mask_token_id"]
+    xt, mask = mask_blockwise(x1, mask_id, run.cfg.block, run.generator)
+    prompts = run.buffer.prompts(data["row"][part].tolist())
+    inputs = canvas(*prompts, xt, mask)
+    with torch.no_grad():
+        logits_a, hidden = model.use("teacher")(*inputs, hidden=True)  # (M, V), (M, d)
+    model.use("student")
+    logits = student(*inputs)  # (M, V)
+    tokens = x1[mask]  # (M,)
+    w = w[:, None].expand_as(mask)[mask]  # (M,)
+    c = run.control(hidden)  # (M,)
+    loss = row_mean(c_dtm_loss(logits, logits_a, tokens, w, c), mask)
+    with torch.no_grad():
+        share = (1 / mask.sum(1, keepdim=True)).expand_as(mask)[mask]  # (M,)  row_mean's 1/k
+        run.control.observe(hidden, logits, logits_a, tokens, w, share)
+        log_p = logits.float().log_softmax(-1)
+        log_a = logits_a.float().log_softmax(-1)
+        kl = F.kl_div(log_p, log_a, reduction="none", log_target=True).sum(-1)
+        terms = torch.stack([loss, row_mean(kl, mask), c.mean()]).double()
+    return loss, terms
+
+
+def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
+    """Validation rows choose RUN/best."""
+    state = run.state
+    if run.valid:
+        scores = evaluate(run, run.valid, run.cfg.gen_length)
+        if scores:  # on rank 0
+            run.log(kind="eval", split="valid", phase=state.phase, a=state.a, **scores)
+            run.say(f"a = {state.a:6.2f} valid: {show(scores)}")
+            if scores["solved"] > state.best:
+                state.best = scores["solved"]
+                state.best_phase = state.phase
+                run.teacher.save(run.out / "best", run.cfg.model, run.inputs["base"])
+    if watch:
+        watch(run)
+    run.lap("eval")
+
+
+# ---- 3. The buffer ------------------------------------------------------------------------------
+class Buffer:
+    """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,)."""
+
+    def __init__(self, cfg: Config, ranks: "Ranks", text: "Text", model: "LLaDA", rows: list[dict]):
+        few = f"{ranks.size} ranks share {len(rows)} prompts; start fewer ranks or give more rows"
+        check(len(rows) >= ranks.size, few)
+        self.cfg, self.ranks, self.text = cfg, ranks, text
+        self.model = model
+        self.rows = rows
+        self.generator = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+        shuffled = random.Random(cfg.seed).sample(range(len(rows)), len(rows))
+        self.own = shuffled[ranks.rank :: ranks.size]  # ranks share no prompt
+        self.cursor = 0
+        self.skipped = 0  # prompts that were too long
+        self.data: dict[str, Tensor] = {}
+        self.known: dict[int, list[int]] = {}
+
+    def prompt(self, row: int) -> list[int]:
+        """The prompt's tokens, encoded once."""
+        if row not in self.known:
+            task = TASKS[self.cfg.task]
+            self.known[row] = self.text.prompt(task.prompt(self.rows[row]))
+        return self.known[row]
+
+    def prompts(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+        pad_id = self.model.config["pad_token_id"]
+        return pad_left([self.prompt(row) for row in rows], pad_id, self.ranks.device)
+
+    def next_rows(self, count: int) -> list[int]:
+        """This rank's next prompts; those that are too long are skipped and counted, never cut."""
+        rows = []
+        missed = 0
+        longest = self.cfg.prompt_length
+        while len(rows) < count:
+            row = self.own[self.cursor % len(self.own)]
+            self.cursor += 1
+            if len(self.prompt(row)) <= longest:
+                rows.append(row)
+                missed = 0
+            else:
+                self.skipped += 1
+                missed += 1
+            hopeless = f"every prompt is longer than --prompt_length {longest} tokens; raise it"
+            check(missed < len(self.own), hopeless)
+        return rows
+
+    def fill(self, count: int) -> None:
+        """The teacher answers `count` new prompts; the oldest answers make room."""
+        rows = [row for row in self.next_rows(count) for _ in range(self.cfg.completions)]
+        new = self.answered(rows)
+        if self.data:
+            new = {key: torch.cat([self.data[key][len(rows) :], t]) for key, t in new.items()}
+        self.data = new
+
+    def answered(self, rows: list[int]) -> dict[str, Tensor]:
+        """The teacher's answers to these prompts; negative rewards count 0, as in the release."""
+        task = TASKS[self.cfg.task]
+        prompts = [self.prompt(row) for row in rows]
+        x1 = decode(self.model.use("teacher"), prompts, self.cfg, self.generator, ban_mask=True)
+        r, solved = [], []
+        for row, answer in zip(rows, x1.tolist(), strict=True):
+            text = self.text.answer(answer)
+            r.append(max(0.0, task.reward(text, self.rows[row])))
+            solved.append(float(task.correct(text, self.rows[row])))
+        r, solved = torch.tensor([r, solved]).double()
+        return {"row": torch.tensor(rows), "x1": x1, "r": r, "solved": solved}
+
+    def weights(self, h: float) -> Tensor:
+        """w (N,) = e^{h r} (D1), over its mean if asked for."""
+        r, normalize = self.data["r"], self.cfg.normalize
+        if normalize == "batch":
+            start = self.ranks.rank * len(r)
+            return tilt_weight(self.everywhere("r"), h, True)[start : start + len(r)]
+        return tilt_weight(r, h, normalize == "group", self.data["row"])
+
+    def draw(self, count: int, batch: int) -> list[list[int]]:
+        """`count` different answers at random, in batches of near prompt length."""
+        device = self.ranks.device
+        order = torch.randperm(len(self.data["r"]), generator=self.generator, device=device)
+        rows = self.data["row"].tolist()
+        return by_length(order[:count].tolist(), batch, key=lambda i: len(self.prompt(rows[i])))
+
+    def everywhere(self, key: str) -> Tensor:
+        """(ranks N,): a column of all ranks' buffers."""
+        return self.ranks.gather(self.data[key].to(self.ranks.device)).cpu()
+
+
+# ---- 4. The control variate ---------------------------------------------------------------------
+class ControlVariate:
+    """c of (D3) at the masked positions: a number, the best scalar c (D8), or a learned c(xt, i)
+    (D7). Both are least-squares fits of `state_c_target` over past steps, with forgetting: the best
+    scalar on phi = 1, the learned one on 64 more, fixed random projections of the teacher's final
+    hidden state (or itself, if no wider). More numbers would learn a buffer's w by heart."""
+
+    def __init__(self, kind: str, width: int, device: torch.device):
+        self.fitted = kind in ("best", "learned")
+        self.constant = 1.0 if self.fitted else float(kind)
+        k = min(width, 64)
+        if k == width:
+            project = torch.eye(k)
+        else:
+            noise = torch.randn(width, k, generator=Generator().manual_seed(0))
+            project = noise * width**-0.5
+        self.project = project.to(device)
+        n = 1 + k if kind == "learned" else 1
+        # The normal equations [G | b] of all past steps, and of this one.
+        self.past = torch.zeros(n, n + 1, device=device, dtype=torch.float64)
+        self.new = torch.zeros_like(self.past)
+
+    def phi(self, hidden: Tensor) -> Tensor:
+        """(M, n): 1, then the projections."""
+        projected = hidden.float() @ self.project
+        return F.pad(projected, (1, 0), value=1.0)[:, : len(self.past)]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """c (M,) for the teacher's hidden states (M, d); 1 before the first fit."""
+        G, b = self.past[:, :-1], self.past[:, -1]
+        if not (self.fitted and G.any()):
+            return torch.full((len(hidden),), self.constant, device=hidden.device)
+        but_the_mean = torch.arange(len(b), device=b.device) > 0  # a poor fit falls back on it
+        ridge = 1e-3 * G.trace() / len(b) * but_the_mean
+        return self.phi(hidden) @ torch.linalg.solve(G + ridge.diag(), b).float()
+
+    def observe(
+        self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor
+    ) -> None:
+        """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives."""
+        if self.fitted:
+            y, q = dtm.state_c_target(logits, logits_a, x1, w)
+            phi = self.phi(hidden)
+            weighted = ((q * share**2)[:, None] * phi).T.double()
+            self.new += weighted @ torch.cat([phi, y[:, None].float()], 1).double()
+
+    def fit(self, ranks: "Ranks") -> None:
+        """After a step, so that c never depends on the batch it serves; alike on all ranks."""
+        if self.fitted:
+            self.past = 0.95 * self.past + ranks.gather(self.new[None]).sum(0)
+            self.new = torch.zeros_like(self.past)
+
+
+# ---- 5. A run and its checkpoints ---------------------------------------------------------------
+@dataclass
+class State:
+    """Where a run stands; a resumed one starts from here."""
+
+    a: float = 0.0
+    h: float = 0.0  # of the present phase
+    phase: int = 0
+    step: int = 0  # of the present phase
+    total: int = 0  # steps of all phases
+    best: float = -1.0  # share of validation rows solved ...
+    best_phase: int = 0  # ... after this phase
+    ranks: int = 1
+
+
+class Run:
+    """Model, adapters, optimiser, buffer, generators, state: all that a run's future depends on."""
+
+    def __init__(self, cfg: Config, ranks: "Ranks", rows: list[dict], valid: list[dict]):
+        self.cfg, self.ranks = cfg, ranks
+        self.out = Path(cfg.out)
+        self.valid = valid
+        self.asked = False  # by SIGTERM, at this rank
+        self.stop = False  # SIGTERM at any rank, as of the last step; alike on all ranks
+        self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0}
+        self.clock = time.perf_counter()
+        folder = locate(cfg.model)
+        self.text = Text(folder)
+        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype)
+        self.model.checkpointing = cfg.checkpointing
+        self.inputs = {"base": "", "rows": digest(rows), "valid": digest(valid)}
+        if ranks.rank == 0:
+            self.inputs["base"] = fingerprint(folder)
+        self.student = self.new_adapter()
+        self.teacher = self.new_adapter().eval().to(ranks.dtype).requires_grad_(False)
+        self.model.adapters.update({"student": self.student, "teacher": self.teacher})
+        torch.manual_seed(cfg.seed + ranks.rank)  # the adapter's dropout
+        self.buffer = Buffer(cfg, ranks, self.text, self.model, rows)
+        self.generator = self.buffer.generator
+        self.state = State(ranks=ranks.size)
+        self.begin_phase()
+        dtype = str(ranks.dtype).removeprefix("torch.")
+        self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
+
+    def new_adapter(self) -> "LoRA":
+        cfg = self.cfg
+        maps = ADAPTED[cfg.lora]
+        lora = LoRA(self.model.config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed)
+        return lora.to(self.ranks.device)
+
+    def begin_phase(self) -> None:
+        """A new optimiser, average and control variate."""
+        cfg = self.cfg
+        self.adam = torch.optim.AdamW(
+            self.student.parameters(), cfg.lr, (0.9, 0.99), 1e-8, cfg.weight_decay
+        )
+        self.average = {}
+        if cfg.ema:
+            for name, p in self.student.named_parameters():
+                self.average[name] = p.detach().clone()
+        self.control = ControlVariate(cfg.c, self.model.config["d_model"], self.ranks.device)
+
+    def end_phase(self) -> None:
+        after = self.average or self.student.state_dict()
+        self.teacher.load_state_dict(after)
+        self.student.load_state_dict(after)
+        self.begin_phase()
+        self.state.a += self.state.h
+        self.state.phase += 1
+        self.state.step = 0
+
+    def ask_to_stop(self, *signal_and_frame) -> None:
+        """What SIGTERM does: the run saves and leaves after the present step."""
+        self.asked = True
+
+    # The log.
+    def say(self, line: str) -> None:
+        if self.ranks.rank == 0:
+            tqdm.write(line)
+
+    def progress_bar(self) -> tqdm:
+        """Of the present phase's steps."""
+        words = f"a {self.state.a:.1f} of {self.cfg.a_end:g}"
+        size = {"initial": self.state.step, "total": self.cfg.steps_per_h}
+        return tqdm(desc=words, unit="step", disable=self.ranks.rank > 0, **size)
+
+    def lap(self, name: str) -> None:
+        """The seconds since the last lap belong to `name`."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self.clock
+        self.clock = now
+
+    def log(self, **record) -> None:
+        if self.ranks.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record | {"total": self.state.total}) + "\n")
+
+    def log_step(self, terms: Tensor, **more) -> None:
+        """A step's record: all ranks' loss, KL to the teacher, c, and what the buffer holds."""
+        state, buffer = self.state, self.buffer
+        stop = terms.new_tensor([float(self.asked)])
+        means = self.ranks.gather(torch.cat([terms, stop])[None]).mean(0).tolist()
+        self.stop = means[3] > 0  # one rank's SIGTERM stops all
+        r = buffer.everywhere("r")
+        self.lap("train")
+        record = {"kind": "step", "phase": state.phase, "a": state.a, "h": state.h}
+        record |= dict(zip(("loss", "kl", "c"), means[:3], strict=True))
+        record["ess"] = 1 / float(tilt_weight(r, state.h, True).square().mean())
+        record |= {"reward": float(r.mean()), "reward_sd": float(r.std(correction=0))}
+        top = TASKS[self.cfg.task].top
+        record["reward_hist"] = torch.histc(r, 10, 0, top).int().tolist()
+        record["solved"] = float(buffer.everywhere("solved").mean())
+        record |= {"skipped": buffer.skipped, "seconds": self.seconds}
+        record["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9 if self.ranks.cuda else 0.0
+        self.log(**record, **more)
+
+    # Checkpoints.
+    def shared_tensors(self) -> dict[str, Tensor]:
+        """What all ranks have in common, beside the student."""
+        tensors = {f"teacher.{name}": t for name, t in self.teacher.state_dict().items()}
+        tensors |= {f"average.{name}": t for name, t in self.average.items()}
+        for i, moments in self.adam.state_dict()["state"].items():
+            tensors |= {f"adam.{i}.{name}": t for name, t in moments.items()}
+        return tensors | {"control": self.control.past}
+
+    def own_tensors(self) -> dict[str, Tensor]:
+        """A rank's buffer and generators."""
+        tensors = {f"buffer.{name}": t for name, t in self.buffer.data.items()}
+        tensors["cursor"] = torch.tensor([self.buffer.cursor, self.buffer.skipped])
+        tensors["generator"] = self.generator.get_state()
+        tensors["torch"] = (torch.cuda if self.ranks.cuda else torch).get_rng_state()
+        return tensors
+
+    def save(self) -> None:
+        """RUN/step-N, renamed once every rank has written its part; the last two are kept."""
+        name = f"step-{self.state.total:07}"
+        half = self.out / f".half-{name}"
+        write(half / f"rank{self.ranks.rank}.safetensors", self.own_tensors())
+        if self.ranks.rank == 0:
+            self.student.save(half / "adapter", self.cfg.model, self.inputs["base"])
+            write(half / "shared.safetensors", self.shared_tensors())
+            write(half / "state.json", asdict(self.state))
+        self.ranks.wait()
+        if self.ranks.rank == 0:
+            files = [path for path in sorted(half.rglob("[!.]*")) if path.is_file()]
+            sums = {str(path.relative_to(half)): file_digest(path) for path in files}
+            write(half / MANIFEST, sums)
+            shutil.rmtree(self.out / name, ignore_errors=True)
+            half.replace(self.out / name)
+            whole = [path for path in checkpoints(self.out) if (path / MANIFEST).is_file()]
+            for old in whole[:-2]:
+                shutil.rmtree(old)
+        self.ranks.wait()  # no rank leaves before the checkpoint is whole
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Goes back to a checkpoint; the log forgets what came after it."""
+        self.state = State(**read_json(folder / "state.json"))
+        was, now = self.state.ranks, self.ranks.size
+        check(was == now, f"{self.out} ran on {was} ranks, now there are {now}; resume with {was}")
+        own = dict(read_tensors(folder / f"rank{self.ranks.rank}.safetensors"))
+        shared = dict(read_tensors(folder / "shared.safetensors"))
+        self.student.fill(dict(read_tensors(folder / "adapter" / "adapter_model.safetensors")))
+        self.teacher.load_state_dict(part_of(shared, "teacher."))
+        for name, t in part_of(shared, "average.").items():
+            self.average[name].copy_(t)
+        adam = self.adam.state_dict()
+        for name, t in part_of(shared, "adam.").items():
+            i, moment = name.split(".")
+            adam["state"].setdefault(int(i), {})[moment] = t
+        self.adam.load_state_dict(adam)
+        self.control.past.copy_(shared["control"])
+        self.buffer.data = part_of(own, "buffer.")
+        self.buffer.data["x1"] = self.buffer.data["x1"].to(self.ranks.device)
+        self.buffer.cursor, self.buffer.skipped = own["cursor"].tolist()
+        self.generator.set_state(own["generator"])
+        (torch.cuda if self.ranks.cuda else torch).set_rng_state(own["torch"])
+        self.say(f"resumed {folder}: phase {self.state.phase}, step {self.state.step}")
+
+    def leave_if_stopped(self) -> None:
+        """After a checkpoint; SIGTERM may have come while it was written, or during scores."""
+        asked = torch.tensor([self.asked], device=self.ranks.device)
+        if self.ranks.gather(asked).any():
+            self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
+            sys.exit(143)
+
+
+MANIFEST = "manifest.json"  # a checkpoint's files and their SHA-256
+
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    found = {}
+    for name, t in tensors.items():
+        if name.startswith(prefix):
+            found[name.removeprefix(prefix)] = t
+    return found
+
+
+def checkpoints(out: Path) -> list[Path]:
+    """The folders called step-NNNNNNN, in order."""
+    found = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{7}", path.name)]
+    return sorted(path for path in found if path.is_dir())
+
+
+def damaged_file(folder: Path) -> str:
+    """The first file that is not as the manifest says; empty if all are."""
     try:
-        yield
-    except kinds or Exception as e:
-        raise ValueError(
-            f"{message} ({type(e).__name__}: {' '.join(str(e).split())[:80]})"
-        ) from None
+        sums = read_json(folder / MANIFEST)
+    except ValueError:
+        return MANIFEST
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file() or file_digest(path) != expected:
+            return name
+    return ""
 
 
-def write(path: Path, content: dict | list | str) -> None:
-    """Tensors (*.safetensors), text, or JSON; beside its name, then renamed, so that no reader meets half a file."""
-    half = path.with_name(f".half-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(
-            {k: t.detach().contiguous().cpu() for k, t in content.items()},
-            half,
-            metadata={"format": "pt"},
-        )
-    else:
-        half.write_text(
-            content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
-        )
-    half.replace(path)
+def last_checkpoint(run: Run) -> Path | None:
+    """The last whole checkpoint; damaged ones are named and set aside. None before the first."""
+    found = checkpoints(run.out)
+    run.ranks.wait()  # all have looked before one renames
+    if not found:
+        return None
+    whole = -1
+    if run.ranks.rank == 0:  # the others follow its choice
+        for i, folder in reversed([*enumerate(found)]):
+            damaged = damaged_file(folder)
+            if not damaged:
+                whole = i
+                break
+            aside = folder.with_name(f"{folder.name}.damaged")
+            run.say(f"{folder / damaged} is damaged; renamed to {aside.name}, going on before it")
+            shutil.rmtree(aside, ignore_errors=True)
+            folder.replace(aside)
+    whole = int(run.ranks.gather(torch.tensor([whole], device=run.ranks.device))[0])
+    check(whole >= 0, f"every checkpoint of {run.out} is damaged; start anew with another --out")
+    return found[whole]
 
 
-def read_json(path: Path) -> dict:
-    need(path.is_file(), f"{path} is missing; is this the right folder?")
-    with told(f"{path} is no JSON object; restore it", ValueError, TypeError):
-        return dict(json.loads(path.read_text()))
+def read_log(out: Path) -> list[dict]:
+    """The records of a run; a killed one may end in half a line."""
+    if not (out / "metrics.jsonl").is_file():
+        return []
+    lines = (out / "metrics.jsonl").read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
-# ---- 1. The model --------------------------------------------------------------------------------
-SIZES = dict(
-    d_model=4096,
-    n_layers=32,
-    n_heads=32,
-    mlp_hidden_size=12288,
-    vocab_size=126464,
-    rope_theta=500000.0,
-    rms_norm_eps=1e-5,
-    mask_token_id=126336,
-    eos_token_id=126081,
-    pad_token_id=126081,
-)
-FIXED = dict(
-    model_type="llada",
-    block_type="llama",
-    activation_type="silu",
-    layer_norm_type="rms",
-    rope=True,
-    include_bias=False,
-    bias_for_layer_norm=False,
-    weight_tying=False,
-    attention_dropout=0.0,
-    residual_dropout=0.0,
-    embedding_dropout=0.0,
-)
-USUAL = dict(
-    architectures=["LLaDAModelLM"],
-    alibi=False,
-    attention_layer_norm=False,
-    input_emb_norm=False,
-    scale_logits=False,
-    include_qkv_bias=False,
-    block_group_size=1,
-    layer_norm_with_affine=True,
-    multi_query_attention=None,
-)
-CONFIG_8B = SIZES | FIXED | USUAL
-# A block's linear maps with their (rows, columns): ff_proj is Llama's gate, up_proj its up, ff_out its down map.
-MAPS = {
+def open_run(given: dict, ranks: "Ranks") -> Run:
+    """Starts the run that `given` describes, or goes on with the one that its folder holds."""
+    out = given.get("out") or make_config(**given).out
+    file = Path(out, "config.json")
+    saved = read_json(file) if file.exists() else None
+    cfg = saved_config(saved, given, file) if saved else make_config(**given)
+    rows = task_rows(cfg, "train")
+    run = Run(cfg, ranks, rows, task_rows(cfg, "valid")[: cfg.eval_rows])
+    count = sum(p.numel() for p in run.student.parameters())
+    run.say(f"LoRA on {', '.join(run.student.maps)}: {count:,} trainable parameters")
+    ranks.wait()  # every rank has looked for the file
+    if saved is None:
+        if ranks.rank == 0:
+            write(file, asdict(cfg) | {"inputs": run.inputs})
+        return run
+    if ranks.rank == 0:
+        for key, what in (("base", "--model"), ("rows", "--data"), ("valid", "--data")):
+            changed = f"{file.parent}: the content of {what} has changed since the run began"
+            same_content = saved["inputs"][key] == run.inputs[key]
+            check(same_content, f"{changed}; restore it, or start another run with --out FOLDER")
+    last = last_checkpoint(run)
+    if last:
+        run.load(last)
+    if ranks.rank == 0:
+        lines = [json.dumps(r) + "\n" for r in read_log(run.out) if r["total"] <= run.state.total]
+        write(run.out / "metrics.jsonl", "".join(lines) if last else "")
+    return run
+
+
+def saved_config(saved: dict, given: dict, file: Path) -> Config:
+    """The settings of a run that goes on; those given must be the same."""
+    names = {f.name for f in fields(Config)}
+    check(names | {"inputs"} == saved.keys(), f"{file} is of another version; use another --out")
+    changed = []
+    for name, value in given.items():
+        if name != "out" and saved[name] != value:
+            changed.append(f"{name} (was {saved[name]!r}, now {value!r})")
+    hint = f"leave out {', '.join(changed)}, or start another run with --out FOLDER"
+    check(not changed, f"{file.parent} holds a run, which keeps its settings: {hint}")
+    settings = {name: saved[name] for name in names} | {"out": str(file.parent)}
+    return Config(**settings)
+
+
+def task_rows(cfg: Config, split: str) -> list[dict]:
+    file = cfg.test_data if split == "test" else cfg.data
+    if not file:
+        return TASKS[cfg.task].rows(split)
+    rows = read_rows(file, cfg.task)
+    return rows if split == "test" else cut(rows, split)
+
+
+def parallel(model: "LLaDA", ranks: "Ranks") -> nn.Module:
+    """DDP on the student's adapter; the frozen rest is alike everywhere."""
+    if ranks.size == 1:
+        return model
+    DDP = nn.parallel.DistributedDataParallel
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+    DDP._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    return DDP(model)
+
+
+# ---- 6. Scores ----------------------------------------------------------------------------------
+def evaluate(
+    run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0
+) -> dict | None:
+    """Decodes every row with the teacher's adapter, by confidence, at the rollouts' tokens a step.
+    Scores with standard errors on rank 0, None elsewhere; `path` receives the answers as JSONL."""
+    cfg, ranks, task = run.cfg, run.ranks, TASKS[run.cfg.task]
+    steps = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length)
+    how = {"gen_length": gen_length, "steps": steps, "temperature": temperature}
+    cfg = replace(cfg, order="confidence", **how)
+    # Every rank decodes as many; the repeats at the end count once.
+    most = -(-len(rows) // ranks.size) * ranks.size
+    prompts = [run.text.prompt(task.prompt(row)) for row in rows]
+    own = [prompts[i % len(rows)] for i in range(ranks.rank, most, ranks.size)]
+    noise = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+    ids = decode(run.model.use("teacher"), own, cfg, noise, quiet=ranks.rank > 0)
+    ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)]
+    if ranks.rank > 0:
+        return None
+    graded = []
+    for answer, row in zip(ids.tolist(), rows, strict=True):
+        text = run.text.answer(answer)
+        scores = {"solved": float(task.correct(text, row)), "reward": task.reward(text, row)}
+        if task.cells:
+            scores["cells"] = task.cells(text, row)
+        graded.append({"row": row, "text": text} | scores)
+    if path:
+        write(path, "".join(json.dumps(line) + "\n" for line in graded))
+    scores = {"n": len(rows)}
+    for key in ("solved", "reward"):
+        scores |= share_and_error(key, [(line[key], 1) for line in graded])
+    if task.cells:
+        scores |= share_and_error("cells", [line["cells"] for line in graded])
+    return scores
+
+
+def share_and_error(key: str, pairs: list[tuple[float, int]]) -> dict[str, float]:
+    """Pooled over cells; the error counts rows, as a puzzle's cells stand or fall together."""
+    part, whole = torch.tensor(pairs).double().unbind(1)
+    share = part.sum() / whole.sum()
+    error = (part - share * whole).std(correction=0) / len(pairs) ** 0.5 / whole.mean()
+    return {key: float(share), f"{key}_se": float(error)}
+
+
+def show(scores: dict) -> str:
+    found = [key for key in ("solved", "cells", "reward") if key in scores]
+    words = [f"{key} {scores[key]:.3f} +- {scores[key + '_se']:.3f}" for key in found]
+    return f"{', '.join(words)} (n = {scores['n']})"
+
+
+# ---- 7. The model -------------------------------------------------------------------------------
+# The published config.json, as far as the forward pass depends on it.
+SIZES = json.loads("""{"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288,
+    "vocab_size": 126464, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "mask_token_id": 126336,
+    "eos_token_id": 126081, "pad_token_id": 126081}""")
+FIXED = json.loads("""{"model_type": "llada", "block_type": "llama", "activation_type": "silu",
+    "layer_norm_type": "rms", "rope": true, "include_bias": false, "bias_for_layer_norm": false,
+    "weight_tying": false, "attention_dropout": 0.0, "residual_dropout": 0.0,
+    "embedding_dropout": 0.0}""")
+MAY_BE_MISSING = json.loads("""{"architectures": ["LLaDAModelLM"], "alibi": false,
+    "attention_layer_norm": false, "input_emb_norm": false, "scale_logits": false,
+    "include_qkv_bias": false, "block_group_size": 1, "layer_norm_with_affine": true,
+    "multi_query_attention": null, "rope_scaling": null, "quantization_config": null}""")
+CONFIG_8B = SIZES | FIXED | MAY_BE_MISSING
+MAPS = {  # a block's linear maps: (outputs, inputs), d or m(lp_hidden_size)
     "q_proj": "dd",
     "k_proj": "dd",
     "v_proj": "dd",
     "attn_out": "dd",
-    "ff_proj": "md",
+    "ff_proj": "md",  # Llama's gate
     "up_proj": "md",
-    "ff_out": "dm",
+    "ff_out": "dm",  # Llama's down; the head has this name too
 }
-sizes = lambda config, name: tuple(
-    config["d_model" if s == "d" else "mlp_hidden_size"] for s in MAPS[name]
-)
-PAPER = ["q_proj", "k_proj", "v_proj", "up_proj"]  # what released code really adapts
-ADAPTED = {"all": [*MAPS], "paper": PAPER}
+ADAPTED = {"all": [*MAPS], "paper": ["q_proj", "k_proj", "v_proj", "up_proj"]}
 
 
-def check_config(config: dict) -> dict:
-    """Refuses what this model does not compute (LLaDA-MoE also says `llada`). Keys of USUAL may be missing."""
-    same = {"n_kv_heads": config.get("n_heads"), "embedding_size": config.get("vocab_size")}
-    for key, value in (FIXED | USUAL | same).items():
+def map_shape(config: dict, name: str) -> tuple[int, int]:
+    width = {"d": config["d_model"], "m": config["mlp_hidden_size"]}
+    outputs, inputs = MAPS[name]
+    return width[outputs], width[inputs]
+
+
+def check_model_config(config: dict) -> dict:
+    """Refuses what this model does not compute (LLaDA-MoE, too, calls itself llada)."""
+    given = {"n_kv_heads": config.get("n_heads"), "embedding_size": config.get("vocab_size")}
+    for key, value in (FIXED | MAY_BE_MISSING | given).items():
         got = config.get(key, None if key in FIXED else value)
-        need(
-            got == value or got is None and key in same,
-            f"config.json: {key} is {got!r}, only {value!r} is supported (LLaDA-8B, LLaDA-1.5)",
-        )
+        same = got == value or (got is None and key in given)
+        only = f"only {value!r} is supported (LLaDA-8B, LLaDA-1.5)"
+        check(same, f"config.json: {key} is {got!r}, {only}")
     for key, value in SIZES.items():
-        got, kinds = config.get(key), (int,) if type(value) is int else (int, float)
-        need(
-            type(got) in kinds and (got > 0 or got == 0 and key.endswith("_id")),
-            f"config.json: {key} is {got!r}, no positive {kinds[-1].__name__}",
-        )
-    need(
-        config["d_model"] % (2 * config["n_heads"]) == 0,
-        "config.json: d_model must be an even multiple of n_heads",
-    )
+        got, kind = config.get(key), type(value)
+        number = type(got) is int or (type(got) is float and kind is float)
+        good = number and (0 <= got < config["vocab_size"] if key.endswith("_id") else got > 0)
+        check(good, f"config.json: {key} is {got!r}, no {kind.__name__} in its range")
+    even = config["d_model"] % (2 * config["n_heads"]) == 0
+    check(even, "config.json: d_model must be an even multiple of n_heads")
     return config
 
 
 class RMSNorm(nn.RMSNorm):
-    def forward(
-        self, x: Tensor
-    ) -> Tensor:  # float32, rounded to the stream's dtype before the gain
-        return self.weight * F.rms_norm(x.float(), self.normalized_shape, None, self.eps).to(
-            x.dtype
-        )
+    """In float32, rounded to the stream's dtype before the gain."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = F.rms_norm(x.float(), self.normalized_shape, None, self.eps)
+        return self.weight * normed.to(x.dtype)
 
 
 @functools.lru_cache(8)
+@torch.inference_mode(False)  # what that mode had built, no backward pass could use
 def angles(T: int, half: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin (T, half), float32, of the angles t theta^(-i / half); counted on the CPU, so that all devices agree."""
-    turn = torch.arange(T).float()[:, None] * (1 / theta ** (torch.arange(half).float() / half))
+    """cos, sin (T, half), float32, of t theta^(-i / half); on the CPU, so that devices agree."""
+    frequency = 1 / theta ** (torch.arange(half).float() / half)
+    turn = torch.arange(T).float()[:, None] * frequency
     return turn.cos().to(device), turn.sin().to(device)
 
 
@@ -198,61 +873,59 @@ class Block(nn.Module):
 
     def __init__(self, config: dict, index: int):
         super().__init__()
-        self.index, self.heads = index, config["n_heads"]
-        self.attn_norm, self.ff_norm = (
-            RMSNorm(config["d_model"], config["rms_norm_eps"]) for _ in range(2)
-        )
+        self.index = index
+        self.heads = config["n_heads"]
+        self.attn_norm = RMSNorm(config["d_model"], config["rms_norm_eps"])
+        self.ff_norm = RMSNorm(config["d_model"], config["rms_norm_eps"])
         for name in MAPS:
-            self.add_module(name, nn.Linear(*sizes(config, name)[::-1], bias=False))
+            outputs, inputs = map_shape(config, name)
+            self.add_module(name, nn.Linear(inputs, outputs, bias=False))
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, lora: "LoRA | None"
     ) -> Tensor:
-        def mapped(name: str, u: Tensor) -> Tensor:
-            y = getattr(self, name)(u)
-            return y if lora is None else lora(f"{self.index}:{name}", u, y)
-
         u = self.attn_norm(x)
-        q, k, v = (
-            mapped(f"{name}_proj", u).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for name in "qkv"
-        )
-        u = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=visible
-        )
-        x = x + mapped("attn_out", u.transpose(1, 2).flatten(2))
+        q = rotate(self.split(self.mapped("q_proj", u, lora)), cos, sin)
+        k = rotate(self.split(self.mapped("k_proj", u, lora)), cos, sin)
+        v = self.split(self.mapped("v_proj", u, lora))
+        u = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        x = x + self.mapped("attn_out", u.transpose(1, 2).flatten(2), lora)
         u = self.ff_norm(x)
-        return x + mapped("ff_out", F.silu(mapped("ff_proj", u)) * mapped("up_proj", u))
+        gated = F.silu(self.mapped("ff_proj", u, lora)) * self.mapped("up_proj", u, lora)
+        return x + self.mapped("ff_out", gated, lora)
+
+    def mapped(self, name: str, u: Tensor, lora: "LoRA | None") -> Tensor:
+        y = getattr(self, name)(u)
+        return y if lora is None else lora(f"{self.index}:{name}", u, y)
+
+    def split(self, u: Tensor) -> Tensor:
+        """(B, T, heads d) -> (B, heads, T, d)"""
+        return u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
 class LLaDA(nn.Module):
     """The transformer of ML-GSAI/LLaDA; its state dict has the checkpoint's names, adapters aside.
-    model(ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where (B, T) bool) -> logits (B, T, V), or
-    (M, V) at `where` in row-major order: final norm and head run only there; hidden=True adds the head's input. use("student"),
-    use("teacher") put an adapter on, use(None) takes it off; `checkpointing` recomputes blocks."""
+    use("student") and use("teacher") put an adapter on, use(None) takes it off; `checkpointing`
+    recomputes blocks in the backward pass."""
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config, self.checkpointing, self.active = check_config(config), False, None
-        d, V, eps = config["d_model"], config["vocab_size"], config["rms_norm_eps"]
-        self.model = nn.ModuleDict(
-            {
-                "transformer": nn.ModuleDict(
-                    {
-                        "wte": nn.Embedding(V, d),
-                        "blocks": nn.ModuleList(
-                            Block(config, i) for i in range(config["n_layers"])
-                        ),
-                        "ln_f": RMSNorm(d, eps),
-                        "ff_out": nn.Linear(d, V, bias=False),
-                    }
-                )
-            }
-        )
-        self.adapters = nn.ModuleDict()  # beside the base, not in it: --shard cuts the base alone
+        self.config = check_model_config(config)
+        self.checkpointing = False
+        self.active: str | None = None
+        d, V = config["d_model"], config["vocab_size"]
+        parts = {
+            "wte": nn.Embedding(V, d),
+            "blocks": nn.ModuleList(Block(config, i) for i in range(config["n_layers"])),
+            "ln_f": RMSNorm(d, config["rms_norm_eps"]),
+            "ff_out": nn.Linear(d, V, bias=False),
+        }
+        self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
+        self.adapters = nn.ModuleDict()
 
     def use(self, adapter: str | None) -> "LLaDA":
-        need(adapter is None or adapter in self.adapters, f"no adapter is called {adapter!r}")
+        known = adapter is None or adapter in self.adapters
+        check(known, f"no adapter is called {adapter!r}")
         self.active = adapter
         return self
 
@@ -262,33 +935,25 @@ class LLaDA(nn.Module):
         attention_mask: Tensor | None = None,
         where: Tensor | None = None,
         hidden: bool = False,
-    ):
-        net, lora = self.model["transformer"], self.adapters[self.active] if self.active else None
-        visible = (
-            None if attention_mask is None else attention_mask.bool()[:, None, None]
-        )  # keys; a pad's own row is garbage
-        turn = angles(
-            ids.shape[1],
-            self.config["d_model"] // self.config["n_heads"] // 2,
-            self.config["rope_theta"],
-            ids.device,
-        )
-        x, rest = net["wte"](ids), (*turn, visible, lora)
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where
+        (B, T) bool -> logits (B, T, V), or (M, V) at `where` in row-major order, as final norm and
+        head run only there. hidden=True adds the head's input."""
+        net = self.model["transformer"]
+        lora = self.adapters[self.active] if self.active else None
+        visible = None
+        if attention_mask is not None:  # keys; a pad's own row is garbage
+            visible = attention_mask.bool()[:, None, None]
+        half = self.config["d_model"] // self.config["n_heads"] // 2
+        cos, sin = angles(ids.shape[1], half, self.config["rope_theta"], ids.device)
+        x = net["wte"](ids)
         for block in net["blocks"]:
-            again = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, *rest, use_reentrant=False) if again else block(x, *rest)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, visible, lora, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, visible, lora)
         x = net["ln_f"](x if where is None else x[where])
         return (net["ff_out"](x), x) if hidden else net["ff_out"](x)
-
-    @torch.no_grad()
-    def init_weights(self, generator: Generator) -> "LLaDA":
-        """LLaDA's "mitchell": normal cut at 3 sd, sd fan_in^-1/2, over sqrt(2 (layer + 1)) for the maps into the stream."""
-        for name, p in self.named_parameters():
-            if p.dim() == 2:
-                out = re.search(r"blocks\.(\d+)\.(attn_out|ff_out)", name)
-                sd = p.shape[1] ** -0.5 / math.sqrt(2 * (int(out[1]) + 1) if out else 1)
-                nn.init.trunc_normal_(p, 0, sd, -3 * sd, 3 * sd, generator=generator)
-        return self
 
     @classmethod
     def from_pretrained(
@@ -296,106 +961,129 @@ class LLaDA(nn.Module):
         source: str | Path,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        shard: bool = False,
     ) -> "LLaDA":
-        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device and filled tensor by tensor from the
-        files that the index names, however they are cut; `shard` cuts the model over the ranks. Raises ValueError for a missing, torn
-        or misshapen file and for a config.json of another kind of model."""
+        """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device
+        and filled tensor by tensor from the files that the index names, however they are cut.
+        ValueError: a missing, torn, quantised or misshapen file, or another kind of model."""
         folder = locate(source)
         with torch.device("meta"):
-            model = cls(read_json(folder / "config.json")).requires_grad_(False)
-        if shard:  # FSDP2 on the frozen base, a block at a time; adapters come later and stay whole
-            from torch.distributed.fsdp import fully_shard
-
-            for part in (*model.model["transformer"]["blocks"], model):
-                fully_shard(part)
-        wanted, filled = model.state_dict(), {}
-        for file, names in shards(folder).items():
-            for name, t in read_shard(folder / file, names):
-                cut, t = wanted.get(name, t), t.to(device, dtype)
-                need(
-                    t.shape == cut.shape,
-                    f"{folder / file}: {name} is {(*t.shape,)}, config.json asks for {(*cut.shape,)}; they do not fit",
-                )
-                filled[name] = (
-                    dist.tensor.distribute_tensor(t, cut.device_mesh, cut.placements)
-                    if hasattr(cut, "placements")
-                    else t
-                )
-        odd = wanted.keys() ^ filled.keys()
-        need(
-            not odd,
-            f"{folder}: {len(odd)} tensors are missing or not of this config.json, such as {min(odd, default='')}; download again",
-        )
+            model = cls(read_json(folder / "config.json"))
+        wanted = model.state_dict()
+        filled = {}
+        for name, t in base_tensors(folder):
+            if name in wanted:
+                shapes = f"{tuple(t.shape)}, config.json asks for {tuple(wanted[name].shape)}"
+                check(t.shape == wanted[name].shape, f"{folder}: {name} is {shapes}")
+            filled[name] = t.to(device, dtype)
+        odd = sorted(wanted.keys() ^ filled.keys())
+        hint = f"are missing or not of this config.json, such as {odd[0] if odd else ''}"
+        check(not odd, f"{folder}: {len(odd)} tensors {hint}; download again")
         model.load_state_dict(filled, assign=True)
         return model.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: Path, shards: int = 2) -> None:
         """config.json, shards and their index in the original's format, without adapters."""
-        tensors = {k: t for k, t in self.state_dict().items() if not k.startswith("adapters")}
-        files = {
-            k: f"model-{i * shards // len(tensors) + 1:05}-of-{shards:05}.safetensors"
-            for i, k in enumerate(tensors)
-        }
-        for file in set(files.values()):
-            write(folder / file, {k: t for k, t in tensors.items() if files[k] == file})
-        total = {"total_size": sum(t.numel() * t.element_size() for t in tensors.values())}
-        write(folder / "model.safetensors.index.json", {"metadata": total, "weight_map": files})
+        tensors = self.state_dict()
+        names = [name for name in tensors if not name.startswith("adapters")]
+        files = {}
+        for i, name in enumerate(names):
+            files[name] = f"model-{i * shards // len(names) + 1:05}-of-{shards:05}.safetensors"
+        for file in sorted(set(files.values())):
+            write(folder / file, {name: tensors[name] for name in names if files[name] == file})
+        size = sum(tensors[name].nbytes for name in names)
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        write(folder / "model.safetensors.index.json", index)
         write(folder / "config.json", self.config)
 
 
-# ---- 2. The checkpoint's files -------------------------------------------------------------------
+# Its files.
 def locate(source: str | Path) -> Path:
-    """A folder, or the local copy of a hub id such as GSAI-ML/LLaDA-8B-Instruct, downloaded on first use."""
+    """A folder, or the local copy of a hub id, downloaded on first use."""
     if source and Path(source).is_dir():
         return Path(source)
-    need(
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None,
-        f"--model {source!r} is no folder and no hub id (OWNER/NAME)",
-    )
+    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None
+    check(hub_id, f"--model {str(source)!r} is no folder and no hub id (OWNER/NAME)")
     from huggingface_hub import snapshot_download
 
-    with told(
-        f"cannot get {source} from the hub: check name and network, or pass --model FOLDER of a downloaded copy; the same loop "
-        "without one: python llada_finetune.py --toy"
-    ):  # the hub's client fails in dozens of ways that all mean the same
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    advice = "check name and network, or pass --model FOLDER of a downloaded copy"
+    laptop = "the same loop without one: python -m figures.toy_llada"
+    with explained(f"cannot get {source} from the hub: {advice}; {laptop}"):
+        files = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])
+    return Path(files)
 
 
-def shards(folder: Path) -> dict[str, list[str] | None]:
-    """File -> names of its tensors, from the index; without one the single file -> None, for all that it holds."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists() and not index.exists():
-        return {single.name: None}
-    files = read_json(index).get("weight_map")
-    need(
-        files and isinstance(files, dict) and {*map(type, files.values())} == {str},
-        f"{index} has no valid weight_map; download it again",
-    )
-    lost = [file for file in files.values() if not (folder / file).is_file()]
-    need(not lost, f"{folder / min(lost, default='')} is missing; download it again")
-    return {file: [k for k in files if files[k] == file] for file in sorted(set(files.values()))}
+def shard_names(folder: Path) -> dict[str, list[str] | None]:
+    """File -> names of its tensors, from the index; without one, the single file -> None (all)."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() and not index.exists():
+        return {"model.safetensors": None}
+    weight_map = read_json(index).get("weight_map")
+    good = isinstance(weight_map, dict) and weight_map
+    good = good and all(isinstance(file, str) for file in weight_map.values())
+    check(bool(good), f"{index} has no valid weight_map; download it again")
+    names: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        check((folder / file).is_file(), f"{folder / file} is missing; download it again")
+        names.setdefault(file, []).append(name)
+    return dict(sorted(names.items()))
 
 
-def read_shard(path: Path, names: list[str] | None = None):
-    """Yields (name, tensor), one at a time."""
-    with (
-        told(f"{path} is missing or is torn; get it again", SafetensorError, OSError),
-        safe_open(path, framework="pt") as file,
-    ):
-        lost = set(names or []) - set(file.keys())
-        need(
-            not lost,
-            f"{path} lacks {min(lost, default='')}, although the index puts it there; download it again",
-        )
-        for name in names or file.keys():
-            yield name, file.get_tensor(name)
+def base_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors, one at a time."""
+    for file, names in shard_names(folder).items():
+        yield from shard_tensors(folder / file, names)
 
 
-# ---- 3. LoRA: two adapters on one base -----------------------------------------------------------
+def shard_tensors(file: Path, names: list[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a shard; ValueError: quantised or damaged ones."""
+    for name, t in read_tensors(file, names):
+        plain = t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+        kind = f"{name} is {str(t.dtype).removeprefix('torch.')}"
+        check(plain, f"{file}: {kind}; use an unquantised checkpoint")
+        finite = bool(t.isfinite().all())
+        check(finite, f"{file}: {name} has non-finite numbers; download it again")
+        yield name, t
+
+
+def read_tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    with explained(f"{path} is missing or is torn; get it again", SafetensorError, OSError):
+        with safe_open(path, framework="pt") as file:
+            lost = sorted(set(names or []) - set(file.keys()))
+            what = f"{path} lacks {lost[0] if lost else ''}, although the index puts it there"
+            check(not lost, f"{what}; download it again")
+            for name in names or file.keys():
+                yield name, file.get_tensor(name)
+
+
+@functools.cache
+def fingerprint(folder: Path) -> str:
+    """Of what a base model computes, however its files are cut, and in whichever dtype they hold
+    the same numbers."""
+    config = check_model_config(read_json(folder / "config.json"))
+    sizes = [type(value)(config[key]) for key, value in SIZES.items()]  # 500000 is 500000.0
+    total = hashlib.sha256(json.dumps(sizes).encode())
+    sums = {}
+    for name, t in base_tensors(folder):
+        sums[name] = hashlib.sha256(t.float().contiguous().numpy()).hexdigest()
+    total.update(json.dumps(sorted(sums.items())).encode())
+    return total.hexdigest()
+
+
+# ---- 8. Adapters --------------------------------------------------------------------------------
+# What adapter_config.json may hold: these values, switches that are off, and what changes nothing.
+PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
+SWITCHES = """use_rslora use_dora use_qalora use_bdlora lora_bias rank_pattern alpha_pattern
+    revision modules_to_save layers_to_transform layers_pattern layer_replication megatron_config
+    loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config
+    arrow_config alora_invocation_tokens target_parameters trainable_token_indices
+    ensure_weight_tying""".split()
+HARMLESS = """base_model_name_or_path r lora_alpha lora_dropout target_modules exclude_modules
+    task_type inference_mode auto_mapping peft_version megatron_core qalora_group_size""".split()
+
+
 class LoRA(nn.Module):
-    """y -> y + (alpha / rank) B A dropout(x) for every adapted map, keyed "layer:map"; B is zero at first (huggingface/peft).
-    In training it is float32: steps of 1e-6 vanish in bfloat16."""
+    """y -> y + (alpha / rank) B A dropout(x) for every adapted map, keyed "layer:map"; B is zero at
+    first (huggingface/peft). In training it is float32: steps of 1e-6 vanish in bfloat16."""
 
     def __init__(
         self,
@@ -407,171 +1095,209 @@ class LoRA(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        need(
-            bool(maps) and set(maps) <= MAPS.keys(),
-            f"LoRA: {maps} must name maps of a block: {', '.join(MAPS)}",
-        )
-        need(
-            rank > 0 and 0 <= dropout < 1,
-            f"LoRA: rank {rank} must be positive and dropout {dropout} in [0, 1)",
-        )
-        self.maps, self.rank, self.alpha, self.dropout, g = (
-            list(maps),
-            rank,
-            alpha,
-            dropout,
-            Generator().manual_seed(seed),
-        )
-        shapes = {
-            f"{i}:{name}": sizes(config, name) for i in range(config["n_layers"]) for name in maps
-        }
-        draw = lambda width: (
-            (2 * torch.rand(rank, width, generator=g) - 1) * width**-0.5
-        )  # on the CPU: all ranks start alike
-        self.A = nn.ParameterDict(
-            {k: nn.Parameter(draw(width)) for k, (_, width) in shapes.items()}
-        )
-        self.B = nn.ParameterDict(
-            {k: nn.Parameter(torch.zeros(out, rank)) for k, (out, _) in shapes.items()}
-        )
+        known = bool(maps) and set(maps) <= MAPS.keys()
+        check(known, f"LoRA: {maps} must name maps of a block: {', '.join(MAPS)}")
+        fits = rank > 0 and 0 <= dropout < 1
+        check(fits, f"LoRA: rank {rank} must be positive and dropout {dropout} in [0, 1)")
+        self.maps = list(maps)
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.base = ("", "")  # name and fingerprint of its base, as far as known
+        generator = Generator().manual_seed(seed)  # on the CPU: all ranks start alike
+        A, B = {}, {}
+        for i in range(config["n_layers"]):
+            for name in maps:
+                outputs, inputs = map_shape(config, name)
+                uniform = 2 * torch.rand(rank, inputs, generator=generator) - 1
+                A[f"{i}:{name}"] = nn.Parameter(uniform * inputs**-0.5)
+                B[f"{i}:{name}"] = nn.Parameter(torch.zeros(outputs, rank))
+        self.A, self.B = nn.ParameterDict(A), nn.ParameterDict(B)
 
     def forward(self, key: str, x: Tensor, y: Tensor) -> Tensor:
+        """y (..., outputs), the map's output for x (..., inputs), with the adapter's part."""
         if key not in self.A:
             return y
         x = F.dropout(x, self.dropout, self.training)
-        return y + self.alpha / self.rank * F.linear(
-            F.linear(x, self.A[key].to(x.dtype)), self.B[key].to(x.dtype)
-        )
+        inner = F.linear(x, self.A[key].to(x.dtype))
+        return y + self.alpha / self.rank * F.linear(inner, self.B[key].to(x.dtype))
 
     def peft(self) -> dict[str, Tensor]:
         """The tensors under peft's names on the original model class."""
-        stem = "base_model.model.model.transformer.blocks."
-        return {
-            f"{stem}{k.replace(':', '.')}.lora_{n}.weight": p
-            for n in "AB"
-            for k, p in getattr(self, n).items()
-        }
+        tensors = {}
+        for letter, factors in (("A", self.A), ("B", self.B)):
+            for key, p in factors.items():
+                place = f"base_model.model.model.transformer.blocks.{key.replace(':', '.')}"
+                tensors[f"{place}.lora_{letter}.weight"] = p
+        return tensors
 
-    def save(self, folder: Path, base: str) -> None:
-        """A PEFT folder. Its targets are a regex, as the bare name ff_out would also adapt the head."""
-        write(folder / "adapter_model.safetensors", self.peft())
-        write(
-            folder / "adapter_config.json",
-            dict(
-                peft_type="LORA",
-                task_type="CAUSAL_LM",
-                base_model_name_or_path=base,
-                r=self.rank,
-                lora_alpha=self.alpha,
-                lora_dropout=self.dropout,
-                target_modules=rf".*blocks\.\d+\.({'|'.join(self.maps)})",
-                bias="none",
-                inference_mode=True,
-                init_lora_weights=True,
-                fan_in_fan_out=False,
-                modules_to_save=None,
-            ),
-        )
+    def fill(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over, in place, tensors under peft's names."""
+        own = self.peft()
+        fits = {k: p.shape for k, p in own.items()} == {k: t.shape for k, t in tensors.items()}
+        check(fits, "the adapter does not fit the base model")
+        for name, p in own.items():
+            p.data.copy_(tensors[name])
+
+    def save(self, folder: Path, base: str, base_print: str = "") -> None:
+        """A PEFT folder; base is the checkpoint's name, base_print its `fingerprint`."""
+        write(folder / "adapter_model.safetensors", self.peft(), {"base": base_print})
+        config = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            # A regex, as the bare name ff_out would also adapt the head.
+            "target_modules": rf".*blocks\.\d+\.({'|'.join(self.maps)})",
+            "bias": "none",
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "fan_in_fan_out": False,
+            "modules_to_save": None,
+        }
+        write(folder / "adapter_config.json", config)
 
     @classmethod
     def load(cls, folder: Path, config: dict) -> "LoRA":
-        """A PEFT folder that adapts nothing but a block's maps."""
-        saved, tensors = (
-            read_json(folder / "adapter_config.json"),
-            dict(read_shard(folder / "adapter_model.safetensors")),
-        )
-        odd = [
-            k for k in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if saved.get(k)
-        ]
-        need(not odd, f"{folder}: {', '.join(odd)} in adapter_config.json is not supported")
-        need(
-            all(type(saved.get(k)) in (int, float) for k in ("r", "lora_alpha")),
-            f"{folder}: adapter_config.json lacks r or lora_alpha",
-        )
-        maps = [m for m in MAPS if any(f".{m}.lora_" in k for k in tensors)]
-        lora = cls(config, maps, saved["r"], saved["lora_alpha"], saved.get("lora_dropout", 0))
-        shapes = lambda d: {k: t.shape for k, t in d.items()}
-        need(
-            shapes(lora.peft()) == shapes(tensors),
-            f"{folder}: the adapter does not fit the base model",
-        )
-        for k, p in lora.peft().items():
-            p.data.copy_(tensors[k])
+        """A PEFT folder that adapts nothing but a block's maps, by nothing but plain LoRA."""
+        saved = read_json(Path(folder) / "adapter_config.json")
+        check_peft_config(saved, f"{folder}/adapter_config.json")
+        file = Path(folder) / "adapter_model.safetensors"
+        tensors = dict(read_tensors(file))
+        maps = [m for m in MAPS if any(f".{m}.lora_" in name for name in tensors)]
+        check(bool(maps), f"{file} adapts none of {', '.join(MAPS)}")
+        lora = cls(config, maps, saved["r"], saved["lora_alpha"], saved.get("lora_dropout", 0.0))
+        with explained(str(file), ValueError):
+            lora.fill(tensors)
+        finite = all(bool(t.isfinite().all()) for t in tensors.values())
+        check(finite, f"{file} has non-finite numbers; take another checkpoint")
+        with safe_open(file, framework="pt") as opened:
+            base_print = (opened.metadata() or {}).get("base", "")
+        lora.base = (saved.get("base_model_name_or_path") or "", base_print)
         return lora.requires_grad_(False).eval()
 
-    follow = (
-        nn.Module.load_state_dict
-    )  # takes over, in place, the values of an adapter or of its average; the base is not touched
+
+def check_peft_config(saved: dict, file: str) -> None:
+    """An allow-list: an adapter saved with anything else would be read as what it is not."""
+    for key, value in saved.items():
+        if key == "init_lora_weights":  # pissa, olora and others change the base model as well
+            plain = value is True or value is False or value == "gaussian"
+        elif key in SWITCHES:
+            plain = value in (None, False) or value == {} or value == []
+        else:
+            plain = key in HARMLESS or (key in PLAIN and value == PLAIN[key])
+        check(plain, f"{file}: {key} = {value!r} is not supported; save a plain LoRA adapter")
+    check("peft_type" in saved, f"{file} lacks peft_type; is it a PEFT folder?")
+    rank, alpha, dropout = (saved.get(key, 0.0) for key in ("r", "lora_alpha", "lora_dropout"))
+    check(type(rank) is int and rank > 0, f"{file}: r is {rank!r}, no positive whole number")
+    number = type(alpha) in (int, float) and 0 < alpha < math.inf
+    check(number, f"{file}: lora_alpha is {alpha!r}, no positive number")
+    share = type(dropout) in (int, float) and 0 <= dropout < 1
+    check(share, f"{file}: lora_dropout is {dropout!r}, no number in [0, 1)")
+
+
+def base_of(adapter: Path, model: str) -> Path:
+    """The folder of the base that an adapter was made on; `model`, if given, must be that base."""
+    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    check(bool(model or name), f"{adapter} names no base model; add --model FOLDER")
+    folder = locate(model or name)
+    expected = load_adapter(adapter, folder).base[1]
+    if not expected and model and name and model != name:  # peft's own know the name alone
+        hint = f"set base_model_name_or_path in its adapter_config.json to {model} if they are one"
+        check(Path(name).is_dir(), f"{adapter} was made on {name}, not on {model}; {hint}")
+        same_content = fingerprint(Path(name)) == fingerprint(folder)
+        check(same_content, f"{adapter} was made on {name}, {folder} is another model")
+    return folder
+
+
+def load_adapter(adapter: Path, base: Path) -> LoRA:
+    """Refuses an adapter that was made on a base of other content, as far as it knows its own."""
+    lora = LoRA.load(adapter, check_model_config(read_json(base / "config.json")))
+    name, expected = lora.base
+    if expected and os.environ.get("RANK", "0") == "0":  # one rank reads the whole base
+        same_content = fingerprint(base) == expected
+        hint = f"it was made on {name or 'another one'}"
+        check(same_content, f"{adapter} does not belong to the base {base}: {hint}")
+    return lora
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
-    """W + (alpha / rank) B A, added in float32, rounded to the checkpoint's dtype, shard by shard, under the original names."""
-    need(not out.exists(), f"{out} exists; --merge writes a new folder")
-    lora = LoRA.load(adapter, check_config(read_json(base / "config.json")))
+    """W + (alpha / rank) B A, added in float32, rounded to the checkpoint's dtype, shard by shard,
+    under the original names."""
+    check(not out.exists(), f"{out} exists; merge writes a new folder")
+    lora = load_adapter(adapter, base)
+    places = {f"model.transformer.blocks.{k.replace(':', '.')}.weight": k for k in lora.A}
     half = out.with_name(f".half-{out.name}")
-    place = {f"model.transformer.blocks.{k.replace(':', '.')}.weight": k for k in lora.A}
     shutil.rmtree(half, ignore_errors=True)
-    keep = (".json", ".py", ".txt", ".jinja")  # config, index, tokenizer, remote code
-    shutil.copytree(
-        base,
-        half,
-        ignore=lambda _, names: [name for name in names if Path(name).suffix not in keep],
-    )
-    for file, names in tqdm(shards(base).items(), desc="merge", unit="shard"):
-        tensors = dict(read_shard(base / file, names))
-        for name in tensors.keys() & place.keys():
-            delta = lora.alpha / lora.rank * (lora.B[place[name]] @ lora.A[place[name]])
-            tensors[name] = (tensors[name].float() + delta).to(tensors[name].dtype)
+    half.mkdir(parents=True)
+    for file in base.iterdir():  # config, index, tokenizer, remote code
+        if file.suffix in (".json", ".py", ".txt", ".jinja"):
+            shutil.copy(file, half)
+    for file, names in tqdm(shard_names(base).items(), desc="merge", unit="shard"):
+        tensors = dict(shard_tensors(base / file, names))
+        for name in tensors.keys() & places.keys():
+            key = places.pop(name)
+            t = tensors[name]
+            delta = lora.alpha / lora.rank * (lora.B[key] @ lora.A[key])
+            fits = delta.shape == t.shape
+            check(fits, f"{base / file}: {name} has not the shape that config.json asks for")
+            tensors[name] = (t.float() + delta).to(t.dtype)
         write(half / file, tensors)
+    lost = min(places, default="")
+    check(not lost, f"{base} lacks {lost}, which the adapter changes; download it again")
     half.replace(out)
 
 
-# ---- 4. Text in, text out ------------------------------------------------------------------------
+# ---- 9. Text in, text out -----------------------------------------------------------------------
 class Text:
     """A checkpoint's tokenizer and chat template."""
 
-    def __init__(self, folder: Path, config: dict):
+    TURN = (
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+    def __init__(self, folder: Path):
         from tokenizers import Tokenizer
 
-        with told(
-            f"{folder / 'tokenizer.json'} is missing or is torn; copy it from the original checkpoint"
-        ):  # it raises nothing narrower
-            self.tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.chat = (
-            self.tok.token_to_id("<|start_header_id|>") is not None
-        )  # LLaDA-8B-Base has no chat tokens
-        self.ends = {config["eos_token_id"], self.tok.token_to_id("<|eot_id|>")}
+        file = folder / "tokenizer.json"
+        with explained(f"{file} is missing or is torn; copy it from the original checkpoint"):
+            self.tokenizer = Tokenizer.from_file(str(file))
+        self.chat = self.tokenizer.token_to_id("<|start_header_id|>") is not None  # not in Base
+        eos = read_json(folder / "config.json").get("eos_token_id")
+        self.ends = {eos, self.tokenizer.token_to_id("<|eot_id|>")}
 
     def prompt(self, text: str) -> list[int]:
-        """One user turn and the assistant's header, or the bare text for a base model; BOS is in the template."""
-        turn = "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-        full = "<|startoftext|>" + (turn if self.chat else "{}").replace("{}", text.strip())
-        return self.tok.encode(full, add_special_tokens=False).ids
+        """One user turn and the assistant's header, or the bare text for a base model."""
+        turn = self.TURN if self.chat else "{}"
+        full = "<|startoftext|>" + turn.replace("{}", text.strip())
+        return self.tokenizer.encode(full, add_special_tokens=False).ids
 
     def answer(self, ids: list[int]) -> str:
         """The reply up to the first EOS or end of turn."""
-        return self.tok.decode(
-            list(itertools.takewhile(lambda t: t not in self.ends, ids)), skip_special_tokens=True
-        )
+        reply = itertools.takewhile(lambda token: token not in self.ends, ids)
+        return self.tokenizer.decode([*reply], skip_special_tokens=True)
 
 
 def pad_left(
     prompts: list[list[int]], pad_id: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor | None]:
-    """ids (B, P) and attention mask (B, P), None when nothing is padded: decided once a batch, on the host."""
-    width, pads = max(map(len, prompts)), [max(map(len, prompts)) - len(p) for p in prompts]
-    ids = torch.tensor([[pad_id] * n + p for n, p in zip(pads, prompts)], device=device)
-    return ids, torch.arange(width, device=device) >= torch.tensor(pads, device=device)[
-        :, None
-    ] if any(pads) else None
+    """ids (B, P) and attention mask (B, P), None when nothing is padded: decided on the host."""
+    width = max(map(len, prompts))
+    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
+    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    padded = any(len(prompt) < width for prompt in prompts)
+    mask = torch.arange(width, device=device) >= pads[:, None] if padded else None
+    return torch.tensor(ids, device=device), mask
 
 
 def canvas(
     ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The model's arguments for prompts (`pad_left`) with answers xt (B, L) and the positions `where` (B, L) whose logits are wanted."""
-    seen = None if pad is None else F.pad(pad.bool(), (0, xt.shape[1]), value=True)
-    return torch.cat([ids, xt], 1), seen, F.pad(where, (ids.shape[1], 0))
+    """The model's arguments for prompts (`pad_left`) with answers xt (B, L) and the positions
+    `where` (B, L) whose logits are wanted."""
+    visible = None if pad is None else F.pad(pad.bool(), (0, xt.shape[1]), value=True)
+    return torch.cat([ids, xt], 1), visible, F.pad(where, (ids.shape[1], 0))
 
 
 @torch.no_grad()
@@ -587,1776 +1313,641 @@ def generate(
     order: str = "confidence",
     ban_mask: bool = False,
 ) -> Tensor:
-    """Prompts (B, P) int64, mask (B, P) -> ids (B, P + gen_length), in `steps` network evaluations and gen_length / block blocks.
-    ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on `dtm.sample`. Differences: float32 confidence and noise, head at
-    the block's masks only, a mask id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
-    need(
-        gen_length > 0 and block > 0 and gen_length % block == 0,
-        f"the answer length {gen_length} must be a multiple of the block {block}",
-    )
-    blocks, mask_id = gen_length // block, model.config["mask_token_id"]
-    need(
-        steps >= blocks and steps % blocks == 0,
-        f"{steps} steps must be a multiple of the {blocks} blocks",
-    )
+    """Prompts (B, P) int64, mask (B, P) -> ids (B, P + gen_length), in `steps` network evaluations
+    and gen_length / block blocks. ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on
+    `dtm.sample`. Differences: float32 confidence and noise, head at the block's masks only, a mask
+    id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
+    check_lengths(gen_length, block, steps)
+    blocks = gen_length // block
+    mask_id = model.config["mask_token_id"]
     pad = None if attention_mask is None or attention_mask.all() else attention_mask
-    answer = lambda yt, where: model(*canvas(prompt_ids, pad, yt, where))
+
+    def answer(yt: Tensor, where: Tensor) -> Tensor:
+        logits = model(*canvas(prompt_ids, pad, yt, where))
+        check(logits.isfinite().all(), "the model's logits are not finite: damaged weights?")
+        return logits
+
     yt = prompt_ids.new_full((len(prompt_ids), gen_length), mask_id)
-    *_, yt = dtm.sample(
-        answer, yt, mask_id, order, block, 1, temperature, generator, steps // blocks, ban_mask
-    )
+    how = (order, block, 1, temperature, generator, steps // blocks, ban_mask)
+    *_, yt = dtm.sample(answer, yt, mask_id, *how)
     return torch.cat([prompt_ids, yt], 1)
 
 
-def by_length(items, size: int, key: Callable) -> list[list[int]]:
-    """Batches of `size` of near length: little padding, and none (hence no attention mask) where lengths are equal."""
+def by_length(items: list[int], size: int, key: Callable) -> list[list[int]]:
+    """Batches of near length: little padding, and none, hence no mask, where lengths are equal."""
     items = sorted(items, key=key)
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 def decode(
-    model: LLaDA,
-    prompts: list[list[int]],
-    gen_length: int,
-    chunk: int,
-    generator: Generator,
-    quiet: bool = True,
-    **how,
+    model: LLaDA, prompts: list, cfg: Config, generator: Generator, ban_mask=False, quiet=True
 ) -> Tensor:
-    """Answers (N, gen_length) to N prompts, in their order, `chunk` of near length at once; `how`: the rest of `generate`."""
-    x1 = torch.empty(len(prompts), gen_length, dtype=torch.long, device=generator.device)
-    for part in tqdm(
-        by_length(range(len(prompts)), chunk, key=lambda i: len(prompts[i])),
-        "decoding",
-        disable=quiet,
-        leave=False,
-    ):
-        ids, pad = pad_left([prompts[i] for i in part], model.config["pad_token_id"], x1.device)
-        x1[part] = generate(model, ids, gen_length, attention_mask=pad, generator=generator, **how)[
-            :, ids.shape[1] :
-        ]
+    """Answers (N, gen_length) to N prompts, in their order, cfg.chunk of near length at once."""
+    device = generator.device
+    x1 = torch.empty(len(prompts), cfg.gen_length, dtype=torch.long, device=device)
+    parts = by_length(range(len(prompts)), cfg.chunk, key=lambda i: len(prompts[i]))
+    size = (cfg.gen_length, cfg.block, cfg.steps, cfg.temperature)
+    for part in tqdm(parts, "decoding", disable=quiet, leave=False):
+        ids, pad = pad_left([prompts[i] for i in part], model.config["pad_token_id"], device)
+        out = generate(model.eval(), ids, *size, pad, generator, cfg.order, ban_mask)
+        x1[part] = out[:, ids.shape[1] :]
     return x1
 
 
-# ---- 5. Tasks: rewards, prompts, rows ------------------------------------------------------------
+# ---- 10. Tasks ----------------------------------------------------------------------------------
 FORMAT = (
     "Think first, then answer, in exactly this form with each tag on its own line:\n"
     "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n"
 )
 
 
-def last_box(text: str) -> str | None:
-    """The content of the last \\boxed{...} whose braces balance."""
-    for found in reversed([*re.finditer(r"\\boxed\s*\{", text)]):
-        depth = itertools.accumulate(
-            ({"{": 1, "}": -1}.get(c, 0) for c in text[found.end() :]), initial=1
-        )
-        if end := next((i for i, d in enumerate(depth) if d == 0), None):
-            return text[found.end() : found.end() + end - 1].strip()
-    return None
+TASKS: dict[str, "Task"] = {}
 
 
-def extract(text: str, box_anywhere: bool = False) -> str | None:
-    """The one rule for rewards and metrics: the last whole <answer>, or the last box inside it; `box_anywhere` (GSM8K, MATH)
-    falls back on the last box of the text. None where there is no answer."""
-    inside = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text, re.S)
-    if not inside:
-        return last_box(text) if box_anywhere else None
-    box = last_box(inside[-1])
-    return inside[-1].strip() if box is None else box
+class Task:
+    """A kind of question and its reward. To add one, write a subclass: its name is the task's."""
+
+    top = 1.0  # the largest reward
+    # A row's keys, each with the names that files have for it.
+    columns: dict[str, tuple[str, ...]] = {}
+    preset: dict = {}  # changes to the defaults of Config
+    generated = False  # its rows are made here, so that scores compare with no published table
+    cells = None  # or a method (text, row) -> (right, all), if an answer has parts
+
+    def __init_subclass__(cls):
+        TASKS[cls.__name__.lower()] = cls()
+
+    def rows(self, split: str) -> list[dict]:
+        """The rows of "train", "valid" or "test"."""
+        raise ValueError(f"{type(self).__name__} has no rows of its own: pass --data FILE.jsonl")
+
+    def clean(self, record: dict) -> dict:
+        """A file's record as a row; a ValueError says in a sentence what is wrong with it."""
+        return record
+
+    def prompt(self, row: dict) -> str:
+        raise NotImplementedError
+
+    def reward(self, text: str, row: dict) -> float:
+        """What training maximises, between 0 and `top`."""
+        raise NotImplementedError
+
+    def correct(self, text: str, row: dict) -> bool:
+        """What is reported: whether the text answers the question."""
+        return self.reward(text, row) == self.top
 
 
-def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
-    """Value and numbers of an expression in integers, + - * / and parentheses, exactly; None for anything else. The text is
-    parsed, never run; in 100 characters without powers nothing can grow large."""
-    signs, numbers = (
-        {ast.Add: "__add__", ast.Sub: "__sub__", ast.Mult: "__mul__", ast.Div: "__truediv__"},
-        [],
-    )
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant):
-            numbers.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            return -value(node.operand)
-        return getattr(value(node.left), signs[type(node.op)])(value(node.right))
-
-    with contextlib.suppress(
-        ValueError,
-        SyntaxError,
-        KeyError,
-        AttributeError,
-        ZeroDivisionError,
-        MemoryError,
-        RecursionError,
-    ):
-        need(
-            len(text) <= 100 and re.fullmatch(r"[0-9+\-*/()\s]+", text) is not None,
-            "not arithmetic",
-        )
-        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
-    return None
+def cut(rows: list, split: str) -> list:
+    """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
+    shuffled = random.Random(0).sample(rows, len(rows))
+    size = min(256, len(rows) // 10)
+    return shuffled[:size] if split == "valid" else shuffled[size:]
 
 
-LATEX = {
-    r"\times": "*",
-    r"\cdot": "*",
-    r"\div": "/",
-    r"\left": "",
-    r"\right": "",
-    "$": "",
-    "×": "*",
-    "÷": "/",
-    "−": "-",
-}
-
-
-def countdown_reward(text: str, row: dict) -> float:
-    """0 without an answer tag, 0.1 for a wrong expression, 1 if every number is used once and the value is the target."""
-    for latex, plain in LATEX.items():
-        text = text.replace(latex, plain)
-    if (answer := extract(text)) is None:
-        return 0.0
-    got = arithmetic(answer.split("=")[0])
-    return (
-        1.0 if got and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"]) else 0.1
-    )
-
-
-sudoku_digits = lambda text: re.sub("[^0-9]", "", extract(text) or "")[:16].ljust(16, "0")
-UNITS = [
-    [*u]
-    for i in range(4)
-    for u in (
-        range(4 * i, 4 * i + 4),
-        range(i, 16, 4),
-        [i // 2 * 8 + i % 2 * 2 + j for j in (0, 1, 4, 5)],
-    )
-]
-
-
-def sudoku_cells(text: str, row: dict) -> tuple[int, int]:
-    """(right, all) of the cells that were empty, against the stored solution."""
-    grid, empty = sudoku_digits(text), [i for i in range(16) if row["puzzle"][i] == "0"]
-    return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
-
-
-def sudoku_solved(text: str, row: dict) -> bool:
-    """A valid grid that keeps the clues, be it the stored solution or not."""
-    grid = sudoku_digits(text)
-    return all(c in ("0", d) for c, d in zip(row["puzzle"], grid)) and all(
-        {grid[i] for i in u} == {*"1234"} for u in UNITS
-    )
-
-
-def sudoku_reward(text: str, row: dict) -> float:
-    right, cells = sudoku_cells(text, row)
-    return 2 * right / cells if cells else 2.0 * sudoku_solved(text, row)
-
-
-def number(text: str | None) -> Fraction | None:
-    """An integer, decimal or fraction, with a sign, commas between thousands, $ or %; None for anything else."""
-    plain = re.sub(
-        r"^([-+]?)\s*\\?\$\s*|\s*\\?[$%]$",
-        r"\1",
-        (text or "").strip().replace("{,}", ",").removesuffix("."),
-    )
-    whole = r"([0-9]{1,3}(,[0-9]{3}){1,9}|[0-9]{1,30})"
-    fits = re.fullmatch(
-        rf"[-+]?({whole}(\.[0-9]{{1,30}})?|\.[0-9]{{1,30}}|{whole}/0*[1-9][0-9]{{0,30}})", plain
-    )
-    return Fraction(plain.replace(",", "")) if fits else None
-
-
-def gsm8k_correct(text: str, row: dict) -> bool:
-    got = number(extract(text, box_anywhere=True))
-    return got is not None and got == number(str(row["answer"]).rpartition("####")[2])
-
-
-def gsm8k_reward(text: str, row: dict) -> float:
-    """At most 4: 0.125 per tag that stands once and alone in its line, less 0.001 per character after the last; soft and strict
-    format 0.5 each (in the d1 family they exclude each other, and . misses newlines); a number 0.5; the right one 2."""
-    tags = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-    score = 0.125 * sum(
-        text.count(t) == 1 and re.search(rf"^[ \t]*{t}[ \t]*$", text, re.M) is not None
-        for t in tags
-    )
-    score -= 0.001 * len(text.rpartition("</answer>")[2].strip()) if "</answer>" in text else 0
-    score += 0.5 * (
-        re.search(r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>", text, re.S) is not None
-    )
-    score += 0.5 * (
-        re.fullmatch(
-            r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>", text.strip(), re.S
-        )
-        is not None
-    )
-    return max(
-        0.0, score + 0.5 * (number(extract(text)) is not None) + 2.0 * gsm8k_correct(text, row)
-    )
-
-
-def heavy(text: str) -> bool:
-    """Whether it has powers or factorials that could fill the memory; math-verify would not come back from them."""
-    grow = most = 1
-    for power in re.finditer(r"([)}]?)\s*\^\s*", text):
-        rest = text[power.end() :]
-        part = (
-            last_box(r"\boxed" + rest)
-            if rest.startswith("{")
-            else re.match(r"\([^)]*|\w*", rest)[0]
-        )
-        if part is None or "^" in part:
-            return True
-        grow = (grow if power[1] else 1) * math.prod(
-            max(1, int(n)) for n in re.findall("[0-9]+", part)
-        )  # (b^m)^n: m n
-        most = max(most, grow)
-    return most > 10**6 or "!" in text or r"\boxed" in text
-
-
-def math_correct(text: str, row: dict) -> bool:
-    """The same string, or the same for math-verify; a gold answer may be a whole solution with its box."""
-    got, gold = extract(text, box_anywhere=True) or "", last_box(row["answer"]) or row["answer"]
-    if not got or len(got) > 300 or "".join(got.split()) == "".join(gold.split()):
-        return 0 < len(got) <= 300
-    if heavy(got) or last_box(rf"\boxed{{{got}}}") != got:
-        return False
-    from math_verify import parse, verify
-
-    with contextlib.suppress(
-        Exception
-    ):  # whatever the algebra system makes of a model's text, it is no right answer
-        return bool(verify(parse(rf"\boxed{{{gold}}}"), parse(rf"\boxed{{{got}}}")))
-    return False
-
-
-def math_reward(text: str, row: dict) -> float:
-    """At most 3: 2 if right, and 1 / 0.75 / 0.5 / 0.25 for answer tags with a box / tags / a box / neither."""
-    return (
-        2.0 * math_correct(text, row)
-        + 0.25
-        + 0.5 * (extract(text) is not None)
-        + 0.25 * (last_box(text) is not None)
-    )
-
-
-@functools.cache
-def sudoku_grids() -> list[str]:
-    """All 288 grids in a fixed random order: 176 for training, 24 for validation, 88 for testing."""
-    fits = lambda g: all(
-        len({g[i] for i in u if i < len(g)}) == sum(i < len(g) for i in u) for u in UNITS
-    )
-    grids = [""]
-    for _ in range(4):
-        grids = [
-            g + r
-            for g in grids
-            for r in map("".join, itertools.permutations("1234"))
-            if fits(g + r)
-        ]
-    return random.Random(0).sample(grids, 288)
-
-
-@functools.cache
-def sudoku_rows(split: str, fewest: int = 7, most: int = 12) -> list[dict]:
-    """20,000 or 256 puzzles, all different, with one solution and `fewest` to `most` empty cells; splits share no solution."""
-    grids, draw, rows = sudoku_grids(), random.Random(split), {}
-    pool = {"train": grids[:176], "valid": grids[176:200], "test": grids[200:]}[split]
-    table = torch.tensor([[*map(int, g)] for g in grids], dtype=torch.int8)
-    while len(rows) < (20000 if split == "train" else 256):
-        solution, holes = draw.choice(pool), set(draw.sample(range(16), draw.randint(fewest, most)))
-        clues = [i for i in range(16) if i not in holes]
-        if (table[:, clues] == table[grids.index(solution), clues]).all(1).sum() == 1:
-            puzzle = "".join("0" if i in holes else d for i, d in enumerate(solution))
-            rows[puzzle] = {"puzzle": puzzle, "solution": solution}
-    return [*rows.values()]
-
-
-def sudoku_worked(row: dict) -> str:
-    """The answer of a worked example: the rows, then the cell with the fewest candidates again and again, then the grid."""
-    grid, lines = (
-        [*row["puzzle"]],
-        ["Rows: " + " | ".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))],
-    )
-    while "0" in grid:
-        left = {
-            i: {*"1234"} - {grid[j] for u in UNITS if i in u for j in u}
-            for i in range(16)
-            if grid[i] == "0"
-        }
-        i = min(left, key=lambda i: len(left[i]))
-        grid[i] = row["solution"][i]
-        lines.append(
-            f"Row {i // 4 + 1}, column {i % 4 + 1}: "
-            + (f"only {grid[i]} is left." if len(left[i]) == 1 else f"try {grid[i]}; it works out.")
-        )
-    return (
-        "<reasoning>\n" + "\n".join(lines) + f"\n</reasoning>\n<answer>\n{''.join(grid)}\n</answer>"
-    )
-
-
-def sudoku_prompt(row: dict) -> str:
-    ask = "Question: Solve the following Sudoku puzzle: {}\nAnswer:"
-    shots = "".join(
-        f"{ask.format(r['puzzle'])}\n{sudoku_worked(r)}\n\n" for r in sudoku_rows("train")[:3]
-    )
-    return (
-        f"{FORMAT}Solve a 4x4 Sudoku, given row by row as 16 digits with 0 for an empty cell. Every row, column and 2x2 box must "
-        f"hold 1, 2, 3 and 4. Answer with the 16 digits of the full grid.\n\n{shots}{ask.format(row['puzzle'])}"
-    )
-
-
-def countdown_prompt(row: dict) -> str:
-    return (
-        f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use each number once, with + - * / and parentheses. "
-        "Put just the expression, no equals sign, between the answer tags. Example: [2, 3, 4] and 5 give\n<answer>\n2*4-3\n</answer>"
-    )
+# Countdown.
+LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", r"\div": "/", "÷": "/", "−": "-"}
 
 
 @functools.cache
 def countdown_problems() -> list[dict]:
     """20,512 different solvable problems, 3 numbers and a target in 1..100."""
-    draw, rows = random.Random(0), {}
+    draw = random.Random(0)
+    rows = {}
     while len(rows) < 20512:
         a, b, c = numbers = [draw.randint(1, 100) for _ in range(3)]
         p, q = draw.choices("+-*/", k=2)
         got = arithmetic(draw.choice((f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})")))
         if got and got[0].denominator == 1 and 1 <= got[0] <= 100:
-            rows[(*sorted(numbers), got[0])] = {
-                "numbers": draw.sample(numbers, 3),
-                "target": int(got[0]),
-            }
+            row = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
+            rows[(*sorted(numbers), got[0])] = row
     return [*rows.values()]
 
 
-def cut(rows: list[dict], split: str) -> list[dict]:
-    """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
-    rows = random.Random(0).sample(rows, len(rows))
-    return (
-        rows[: min(256, len(rows) // 10)] if split == "valid" else rows[min(256, len(rows) // 10) :]
-    )
+def whole(value) -> int:
+    """A file's 4, 4.0 or "4" as an integer."""
+    if isinstance(value, bool) or not re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A):
+        raise ValueError(f"{value!r:.60} is not a whole number")
+    return int(float(value))
 
 
-def hub_rows(train: tuple, test: tuple, split: str) -> list[dict]:
-    """Rows of hub data sets (name, part, split, question's column, answer's column)."""
-    name, part, piece, question, answer = test if split == "test" else train
-    with told(
-        f"cannot get {name} from the hub: check the network, pip install datasets, or pass --data FILE.jsonl"
-    ):
+class Countdown(Task):
+    """Reach the target with every number once. 1 if right, 0.1 for another answer, 0 for none."""
+
+    preset = COUNTDOWN
+    generated = True
+    columns = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
+
+    def rows(self, split):
+        bounds = {"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}
+        return countdown_problems()[bounds[split]]
+
+    def clean(self, record):
+        numbers = record["numbers"]
+        if isinstance(numbers, str):
+            numbers = re.findall(r"[^\s,\[\]]+", numbers)
+        if not isinstance(numbers, list) or not 1 <= len(numbers) <= 6:
+            raise ValueError(f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers")
+        row = {"numbers": [*map(whole, numbers)], "target": whole(record["target"])}
+        if min(row["numbers"]) < 0:
+            raise ValueError(f"numbers is {numbers}, but none may be negative")
+        return row
+
+    def prompt(self, row):
+        return (
+            f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use "
+            "each number once, with + - * / and parentheses. Put just the expression, no equals "
+            "sign, between the answer tags. Example: [2, 3, 4] and 5 give\n"
+            "<answer>\n2*4-3\n</answer>"
+        )
+
+    def reaches(self, answer, row):
+        """Whether an expression, in LaTeX perhaps and followed by its value, is a solution."""
+        answer = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
+        answer = re.sub(r"\\left|\\right|\\[()\[\]]|\$", "", answer)
+        for sign, plain in LATEX_SIGNS.items():
+            answer = answer.replace(sign, plain)
+        got = arithmetic(answer.split("=")[0].strip(" \n.>"))
+        return bool(got) and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"])
+
+    def reward(self, text, row):
+        answer = extract(text)
+        if answer is None:
+            return 0.0
+        return 1.0 if self.reaches(answer, row) else 0.1
+
+    def correct(self, text, row):
+        return self.reaches(final_answer(text) or "", row)
+
+
+# Sudoku.
+GROUPS = [[*range(i, i + 4)] for i in (0, 4, 8, 12)]  # rows, columns, boxes of the 16 cells
+GROUPS += [[*range(i, 16, 4)] for i in range(4)]
+GROUPS += [[i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10)]
+
+
+def is_grid(digits: str) -> bool:
+    """Whether no group among the first cells holds a digit twice."""
+    for group in GROUPS:
+        filled = [digits[i] for i in group if i < len(digits)]
+        if len({*filled}) < len(filled):
+            return False
+    return True
+
+
+@functools.cache
+def sudoku_grids() -> list[str]:
+    """All 288 grids, in a fixed random order: 176 for training, 24 to validate, 88 to test."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    grids = [""]
+    for _ in range(4):
+        longer = [grid + row for grid, row in itertools.product(grids, rows)]
+        grids = [grid for grid in longer if is_grid(grid)]
+    return random.Random(0).sample(grids, 288)
+
+
+@functools.cache
+def sudoku_rows(split: str, fewest: int, most: int) -> list[dict]:
+    """20,000 or 256 different puzzles, each with one solution, in one split only."""
+    grids = sudoku_grids()
+    pool = {"train": grids[:176], "valid": grids[176:200], "test": grids[200:]}[split]
+    table = torch.tensor([[*map(int, grid)] for grid in grids], dtype=torch.int8)
+    draw = random.Random(split)
+    rows = {}
+    while len(rows) < (20000 if split == "train" else 256):
+        solution = draw.choice(pool)
+        holes = {*draw.sample(range(16), draw.randint(fewest, most))}
+        clues = [i for i in range(16) if i not in holes]
+        agree = table[:, clues] == table[grids.index(solution), clues]
+        if agree.all(1).sum() == 1:
+            puzzle = "".join("0" if i in holes else digit for i, digit in enumerate(solution))
+            rows[puzzle] = {"puzzle": puzzle, "solution": solution}
+    return [*rows.values()]
+
+
+def sudoku_worked(row: dict) -> str:
+    """A worked example: the rows, one cell after another (fewest candidates first), the grid."""
+    grid = [*row["puzzle"]]
+    lines = ["Rows: " + " | ".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))]
+    while "0" in grid:
+        left = {}
+        for i in range(16):
+            if grid[i] == "0":
+                seen = itertools.chain(*(group for group in GROUPS if i in group))
+                left[i] = {*"1234"} - {grid[j] for j in seen}
+        i = min(left, key=lambda cell: len(left[cell]))
+        grid[i] = row["solution"][i]
+        why = f"only {grid[i]} is left." if len(left[i]) == 1 else f"try {grid[i]}; it works out."
+        lines.append(f"Row {i // 4 + 1}, column {i % 4 + 1}: {why}")
+    steps = "\n".join(lines)
+    return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{''.join(grid)}\n</answer>"
+
+
+class Sudoku(Task):
+    """Fill a 4x4 grid. The reward is 2 x the share of the empty cells that are as in the solution.
+
+    Right is every valid grid that keeps the clues, be it the stored solution or not.
+    """
+
+    top = 2.0
+    generated = True
+    columns = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
+    fewest = 7
+    most = 12
+
+    def rows(self, split):
+        return sudoku_rows(split, self.fewest, self.most)
+
+    def clean(self, record):
+        for key, kinds in (("puzzle", "0-4"), ("solution", "1-4")):
+            if not re.fullmatch(f"[{kinds}]{{16}}", str(record[key])):
+                raise ValueError(f"{key} is {record[key]!r:.60}, not 16 digits {kinds}")
+        row = {key: str(record[key]) for key in self.columns}
+        if not self.solves(row["solution"], row["puzzle"]):
+            raise ValueError(f"solution {row['solution']} does not solve {row['puzzle']}")
+        return row
+
+    def prompt(self, row):
+        ask = "Question: Solve the following Sudoku puzzle: {}\nAnswer:"
+        shots = ""
+        for shot in sudoku_rows("train", self.fewest, self.most)[:3]:
+            shots += f"{ask.format(shot['puzzle'])}\n{sudoku_worked(shot)}\n\n"
+        return (
+            f"{FORMAT}Solve a 4x4 Sudoku, given row by row as 16 digits with 0 for an empty cell. "
+            "Every row, column and 2x2 box must hold 1, 2, 3 and 4. Answer with the 16 digits of "
+            f"the full grid.\n\n{shots}{ask.format(row['puzzle'])}"
+        )
+
+    def digits(self, text, find=extract):
+        """The first 16 digits of the answer that `find` finds, filled up with 0."""
+        return re.sub("[^0-9]", "", find(text) or "")[:16].ljust(16, "0")
+
+    def solves(self, grid, puzzle):
+        keeps = all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
+        return keeps and {*grid} == {*"1234"} and is_grid(grid)
+
+    def count(self, grid, row):
+        """(right, all) of the cells that were empty, against the stored solution."""
+        empty = [i for i in range(16) if row["puzzle"][i] == "0"]
+        return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
+
+    def cells(self, text, row):
+        return self.count(self.digits(text, final_answer), row)
+
+    def reward(self, text, row):
+        grid = self.digits(text)
+        right, empty = self.count(grid, row)
+        if not empty:
+            return self.top * self.solves(grid, row["puzzle"])
+        return self.top * right / empty
+
+    def correct(self, text, row):
+        return self.solves(self.digits(text, final_answer), row["puzzle"])
+
+
+# GSM8K and MATH.
+NUMBER = r"-?\s*(\\?\$)?\s*-?(\d[\d,]*)?\.?\d+(\s*/\s*\d+)?\.?\s*(\\?%)?"
+
+
+def hub_rows(name: str, part: str | None, split: str, question: str, answer: str) -> list[dict]:
+    """A data set of the hub, with its columns of questions and answers."""
+    try:
         from datasets import load_dataset
 
-        got = [
-            {"question": r[question], "answer": r[answer]}
-            for r in load_dataset(name, part, split=piece)
-        ]
-    return got if split == "test" else cut(got, split)
+        records = load_dataset(name, part, split=split)
+    except Exception as error:
+        help = "check the network, pip install datasets, or pass --data FILE.jsonl"
+        raise ValueError(f"cannot get {name} from the hub ({error!r:.80}): {help}") from error
+    return [{"question": record[question], "answer": record[answer]} for record in records]
 
 
-class Task(NamedTuple):
-    """rows(split) with split "train", "valid" or "test"; prompt(row); reward(text, row) in [0, top]; correct(text, row); `keys`:
-    what a row's keys may be called in a file; cells(text, row) -> (right, all), if an answer has parts."""
+class Math(Task):
+    """Competition mathematics. A right answer earns 2, tags 0.5 and a box 0.25 beside 0.25."""
 
-    rows: Callable[[str], list[dict]]
-    prompt: Callable[[dict], str]
-    reward: Callable[[str, dict], float]
-    correct: Callable[[str, dict], bool]
-    top: float
-    keys: dict[str, tuple[str, ...]]
-    cells: Callable[[str, dict], tuple[int, int]] | None = None
+    top = 3.0
+    preset = MATHS
+    columns = {"question": ("question", "problem"), "answer": ("answer", "solution")}
+    ask = FORMAT + (
+        "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
+    )
 
+    def rows(self, split):
+        if split == "test":
+            return hub_rows("HuggingFaceH4/MATH-500", None, "test", "problem", "answer")
+        return cut(hub_rows("ankner/math-500", None, "train", "problem", "solution"), split)
 
-GRID = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
-ASK = {"question": ("question", "problem"), "answer": ("answer", "solution")}
-SUM = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
-BOX = "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
-countdown_rows = lambda split: countdown_problems()[
-    {"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}[split]
-]
-gsm8k_rows = functools.partial(
-    hub_rows,
-    *(("openai/gsm8k", "main", split, "question", "answer") for split in ("train", "test")),
-)
-math_rows = functools.partial(
-    hub_rows,
-    ("ankner/math-500", None, "train", "problem", "solution"),
-    ("HuggingFaceH4/MATH-500", None, "test", "problem", "answer"),
-)
-tagged = lambda score: lambda text, row: score(f"<answer>{text}</answer>", row)
-TASKS = {
-    "sudoku": Task(
-        sudoku_rows, sudoku_prompt, sudoku_reward, sudoku_solved, 2.0, GRID, sudoku_cells
-    ),
-    "countdown": Task(
-        countdown_rows,
-        countdown_prompt,
-        countdown_reward,
-        lambda text, row: countdown_reward(text, row) == 1,
-        1.0,
-        SUM,
-    ),
-    "gsm8k": Task(
-        gsm8k_rows, lambda row: FORMAT + row["question"], gsm8k_reward, gsm8k_correct, 4.0, ASK
-    ),
-    "math": Task(
-        math_rows, lambda row: FORMAT + BOX + row["question"], math_reward, math_correct, 3.0, ASK
-    ),
-    # The laptop's: easier puzzles, no instructions, the answer is the 16 digits alone.
-    "toy": Task(
-        lambda split: sudoku_rows(split, 4, 10),
-        lambda row: row["puzzle"],
-        tagged(sudoku_reward),
-        tagged(sudoku_solved),
-        2.0,
-        GRID,
-        tagged(sudoku_cells),
-    ),
-}
+    def clean(self, record):
+        for key, value in record.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not (isinstance(value, str) or number and key == "answer"):
+                raise ValueError(f"{key} is {value!r:.60}, not text")
+        return {"question": record["question"], "answer": str(record["answer"]).strip()}
+
+    def prompt(self, row):
+        return self.ask + row["question"]
+
+    def right(self, answer, row):
+        """Whether an answer is the row's, which may be a whole solution with its box."""
+        gold = last_box(str(row["answer"])) or str(row["answer"])
+        question = row.get("question", "")
+        return same(gold, answer or "", percent="percent" in question or "%" in question)
+
+    def reward(self, text, row):
+        form = 0.25 + 0.5 * (extract(text) is not None) + 0.25 * (last_box(text) is not None)
+        return form + 2.0 * self.right(extract(text, box_anywhere=True), row)
+
+    def correct(self, text, row):
+        return self.right(final_answer(text), row)
 
 
-def tidy(task: str, raw: dict) -> dict:
-    """A record of a file as a row; raises one of several errors if it is none."""
-    row = {
-        key: next(raw[n] for n in names if raw.get(n) not in (None, ""))
-        for key, names in TASKS[task].keys.items()
-    }
-    if task == "countdown":
-        numbers = (
-            row["numbers"]
-            if isinstance(row["numbers"], list)
-            else re.findall(r"[^\s,\[\]]+", row["numbers"])
+class GSM8K(Math):
+    """School mathematics. A right number earns 2, a number 0.5, the form 1.5."""
+
+    top = 4.0
+    ask = FORMAT
+
+    def rows(self, split):
+        rows = hub_rows(
+            "openai/gsm8k", "main", split.replace("valid", "train"), "question", "answer"
         )
-        row = {"numbers": [int(str(n)) for n in numbers], "target": int(str(row["target"]))}
-        good = 1 <= len(numbers) <= 6 and min(row["numbers"]) >= 0
-    elif "puzzle" in row:
-        kinds = re.fullmatch("[0-4]{16}", row["puzzle"]) and re.fullmatch(
-            "[1-4]{16}", row["solution"]
-        )
-        good = kinds is not None and sudoku_solved(f"<answer>{row['solution']}</answer>", row)
-    else:
-        good = isinstance(row["question"], str) and bool(row["answer"].strip())
-        good = good and (task == "math" or number(row["answer"].rpartition("####")[2]) is not None)
-    need(good, "not a row")
-    return row
+        return rows if split == "test" else cut(rows, split)
+
+    def clean(self, record):
+        row = super().clean(record)
+        gold = row["answer"].rpartition("####")[2].strip()
+        if not re.fullmatch(NUMBER, gold, re.A):
+            raise ValueError(f"answer ends in {gold!r:.60}, not in a number")
+        return row
+
+    def right(self, answer, row):
+        gold = str(row["answer"]).rpartition("####")[2]
+        return same(gold, answer or "", percent=True)
+
+    def form(self, text):
+        """The reward of the form: every tag 0.125, their order 0.5, exactly the asked one 0.5."""
+        score = 0.0
+        for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
+            alone = re.search(rf"^[ \t]*{tag}[ \t]*$", text, re.M)
+            score += 0.125 * (alone is not None and text.count(tag) == 1)
+        if "</answer>" in text:
+            score -= 0.001 * len(text.rpartition("</answer>")[2].strip())
+        soft = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
+        strict = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
+        score += 0.5 * bool(re.search(soft, text, re.S))
+        return score + 0.5 * bool(re.fullmatch(strict, text.strip(), re.S))
+
+    def reward(self, text, row):
+        number = re.fullmatch(NUMBER, extract(text) or "", re.A)
+        right = self.right(extract(text, box_anywhere=True), row)
+        return max(0.0, self.form(text) + 0.5 * bool(number) + 2.0 * right)
+
+
+# Data files.
+def json_record(line: str) -> dict:
+    """The record of a line of a .jsonl file."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError("JSON, but not an object with named values")
+    return record
+
+
+def csv_record(header: list[str], fields: list[str]) -> dict:
+    """The record of a line of a .csv file."""
+    if len(fields) != len(header):
+        counts = f"{len(fields)} fields under a header of {len(header)}"
+        raise ValueError(f"{counts}; a field with a comma in it needs quotes")
+    return dict(zip(header, fields, strict=True))
+
+
+def task_row(task: Task, record: dict) -> dict:
+    """A record as a row of the task: its values under the task's names, checked."""
+    row = {}
+    for key, names in task.columns.items():
+        found = [record[name] for name in names if record.get(name) not in (None, "")]
+        if not found:
+            raise ValueError(f"no {' or '.join(names)} among {', '.join(map(str, record))}")
+        row[key] = found[0]
+    return task.clean(row or record)
+
+
+def read_text(path: str) -> str:
+    """A file in UTF-8, with or without the mark that some editors put first."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").rstrip(" \t\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not in the encoding UTF-8") from None
 
 
 def read_rows(path: str, task: str) -> list[dict]:
-    """The rows of a .jsonl or .csv file in UTF-8; the first line that is none is named."""
-    need(
-        Path(path).is_file() and Path(path).suffix in (".jsonl", ".csv"),
-        f"no data file {path!r}; expected FILE.jsonl or FILE.csv",
-    )
+    """The checked rows of a .jsonl or .csv file, for one of TASKS."""
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}; expected one of {', '.join(TASKS)}")
+    is_csv = path.endswith(".csv")
+    if not is_csv and not path.endswith(".jsonl"):
+        raise ValueError(f"{path}: expected a file that ends in .jsonl or .csv")
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    text = read_text(path)
+    lines = text.split("\n") if text else []
+    table = csv.reader([f"{line}\n" for line in lines], strict=True)
     rows = []
-    with open(path, encoding="utf-8", newline="") as file:
-        table = csv.DictReader(file) if path.endswith(".csv") else map(json.loads, file)
-        try:
-            for raw in table:
-                rows.append(tidy(task, raw))
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration, csv.Error):
-            line = getattr(table, "line_num", len(rows) + 1)
-            raise ValueError(
-                f"{path}, line {line}: no {task} row; expected {', '.join(TASKS[task].keys)}"
-            ) from None
-    need(bool(rows), f"{path} holds no rows")
+    line = 1
+    try:
+        header = [name.strip() for name in next(table, [])] if is_csv else []
+        if len({*header}) < len(header):
+            raise ValueError("two columns of the header have the same name")
+        line += table.line_num
+        for fields in table if is_csv else lines:
+            record = csv_record(header, fields) if is_csv else json_record(fields)
+            rows.append(task_row(TASKS[task], record))
+            line = 1 + (table.line_num if is_csv else len(rows))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from None
+    if not rows:
+        raise ValueError(f"{path} holds no rows")
     return rows
 
 
-# ---- 6. Settings ---------------------------------------------------------------------------------
-# name: help, then the release's value for Sudoku and, where they differ, for Countdown, for GSM8K and MATH (none was
-# published: these are ours, Countdown's with room for longer prompts and larger rewards) and for the toy (ours).
-SETTINGS = {
-    "task": ("one of " + ", ".join(TASKS), "sudoku", "countdown", "", "toy"),
-    "model": ("checkpoint folder or hub id", "GSAI-ML/LLaDA-8B-Instruct", None, None, ""),
-    "out": ("folder of the run; empty: runs/TASK-SEED", ""),
-    "seed": ("rank k uses seed + k", 42, None, None, 0),
-    "objective": (
-        "dtm, or its sibling dmpo: target p_base e^{r / 0.04}, constant learning rate, AdamW kept; a counts rounds",
-        "dtm",
-    ),
-    "data": ("training rows, FILE.jsonl or FILE.csv; empty: generated here or from the hub", ""),
-    "test_data": ("test rows, likewise", ""),
-    "h": ("tilt increment of a phase; the largest one if --ess is set", 5.0, 6.0, 2.0, 8.0),
-    "a_end": ("tilt at which the run ends", 100.0, 100.0, 30.0, 40.0),
-    "ess": (
-        "h by effective sample size of the weights, a share in (0, 1); 0: h fixed",
-        0.0,
-        None,
-        None,
-        0.5,
-    ),
-    "c": (
-        "control variate: a number, star (best scalar) or learned (c(xt, i), linear in the teacher's hidden state)",
-        "1",
-        None,
-        None,
-        "learned",
-    ),
-    "normalize": (
-        "weights over their mean: none, batch (all ranks' buffers) or group (the answers to one prompt)",
-        "none",
-        None,
-        None,
-        "batch",
-    ),
-    "steps_per_h": ("optimiser steps of a phase", 256, 1200, 300, 60),
-    "prompts": ("buffer of a rank: prompts", 80, 40, 40, 1536),
-    "completions": ("buffer: answers to a prompt", 1, 6, 6, 1),
-    "refresh": ("buffer: prompts renewed at a time", 20, 10, 10, 0),
-    "refresh_steps": ("buffer: steps between renewals; 0: none", 32, 25, 25, 0),
-    "chunk": ("answers decoded at once", 16, 30, 30, 1536),
-    "batch": ("answers in a forward pass", 4, 12, 6, 256),
-    "accum": ("forward passes of an optimiser step", 16, 8, 16, 1),
-    "gen_length": ("tokens of an answer", 256, None, None, 16),
-    "block": ("tokens of a block, in decoding and masking", 32, None, None, 16),
-    "steps": ("network evaluations of a rollout", 128, None, None, 16),
-    "temperature": ("of rollouts", 0.0, 1.0, 1.0, 1.0),
-    "order": (
-        "of rollouts: confidence (the release's), state or random (the model's law, at one token a step)",
-        "confidence",
-        None,
-        None,
-        "state",
-    ),
-    "prompt_length": (
-        "longest prompt, tokens; longer ones are skipped and counted",
-        1132,
-        172,
-        700,
-        17,
-    ),
-    "lr": ("learning rate, reached after 5 % of a phase", 3e-6, 4e-6, 4e-6, 3e-3),
-    "lr_min": (
-        "learning rate after the linear fall over the last 10 % of a phase",
-        1e-6,
-        2e-6,
-        2e-6,
-        3e-4,
-    ),
-    "weight_decay": ("AdamW's, with betas .9, .99", 0.1, None, None, 0.0),
-    "clip": ("largest gradient norm", 1.0, 2.0, 2.0, 1.0),
-    "ema": (
-        "decay a step of the student's average, which then becomes teacher and student; 0: off",
-        0.0,
-        0.95,
-        0.95,
-        0.0,
-    ),
-    "lora": (
-        "adapted maps: all seven of a block, or paper (the four that released code adapts)",
-        "all",
-    ),
-    "rank": ("LoRA rank", 128, None, None, 16),
-    "alpha": ("LoRA alpha; the adapter is scaled by alpha / rank", 64.0, None, None, 16.0),
-    "dropout": ("LoRA dropout", 0.05, None, None, 0.0),
-    "checkpointing": (
-        "recompute activations: a third more time, far less memory",
-        True,
-        None,
-        None,
-        False,
-    ),
-    "shard": ("cut the frozen base over the ranks (FSDP2)", False),
-    "save_every": ("optimiser steps between checkpoints", 100, None, None, 60),
-    "eval_rows": (
-        "validation rows decoded after a phase, to choose RUN/best",
-        128,
-        None,
-        None,
-        256,
-    ),
-}
-PRESETS = {
-    task: {
-        k: v[column] if len(v) > column and v[column] is not None else v[1]
-        for k, v in SETTINGS.items()
-    }
-    | {"task": task}
-    for task, column in {"sudoku": 1, "countdown": 2, "gsm8k": 3, "math": 3, "toy": 4}.items()
-}
-DMPO = dict(
-    h=1.0,
-    ess=0.0,
-    c="0",
-    steps_per_h=8,
-    prompts=4,
-    completions=16,
-    refresh=0,
-    batch=4,
-    accum=2,
-    temperature=0.2,
-    lr=1e-6,
-    lr_min=1e-6,
-    clip=0.2,
-    ema=0.0,
-)  # yuchen-zhu-zyc/DMPO: groups of 16, rounds of 8 steps on frozen weights
-
-
-def settings(task: str, **given) -> SimpleNamespace:
-    """The task's preset with the given changes, checked."""
-    need(task in PRESETS, f"--task {task}: expected one of {', '.join(PRESETS)}")
-    cfg = SimpleNamespace(
-        **PRESETS[task] | (DMPO if given.get("objective") == "dmpo" else {}) | given
-    )
-    cfg.out, blocks = cfg.out or f"runs/{task}-{cfg.seed}", cfg.gen_length // max(1, cfg.block)
-    zero = [key for key, values in SETTINGS.items() if 0 in values] + [
-        "eval_rows",
-        "lr_min",
-    ]  # may be 0, as some preset's is
-    for key, choices in dict(
-        objective="dtm dmpo",
-        normalize="none batch group",
-        lora="all paper",
-        order="confidence state random",
-    ).items():
-        need(
-            getattr(cfg, key) in choices.split(),
-            f"--{key} {getattr(cfg, key)}: expected one of {choices}",
-        )
-    for key, value in vars(cfg).items():
-        good = (
-            isinstance(value, (str, bool))
-            or math.isfinite(value)
-            and (value > 0 or key in zero and value == 0)
-        )
-        need(good, f"--{key} {value} must be positive")
-    same = (
-        all(path and Path(path).is_file() for path in (cfg.data, cfg.test_data))
-        and Path(cfg.data).read_bytes() == Path(cfg.test_data).read_bytes()
-    )
-    for ok, message in (
-        (max(cfg.ess, cfg.dropout, cfg.ema) < 1, "--ess, --dropout and --ema must lie in [0, 1)"),
-        (
-            re.fullmatch(r"\d*\.?\d+|star|learned", cfg.c),
-            f"--c {cfg.c}: expected a number >= 0, star or learned",
-        ),
-        (
-            cfg.gen_length % cfg.block == 0,
-            f"--gen_length {cfg.gen_length} must be a multiple of --block {cfg.block}",
-        ),
-        (
-            blocks and cfg.steps % blocks == 0,
-            f"--steps {cfg.steps} must be a multiple of the {blocks} blocks",
-        ),
-        (
-            cfg.batch * cfg.accum <= cfg.prompts * cfg.completions,
-            f"a step draws batch x accum = {cfg.batch * cfg.accum} different answers, "
-            f"the buffer holds prompts x completions = {cfg.prompts * cfg.completions}; lower --batch or --accum",
-        ),
-        (cfg.refresh <= cfg.prompts, f"--refresh {cfg.refresh} exceeds --prompts {cfg.prompts}"),
-        (
-            cfg.objective == "dtm" or cfg.completions > 1 and not cfg.refresh,
-            "dmpo needs --completions above 1 and --refresh 0",
-        ),
-        (cfg.objective == "dtm" or cfg.c == "0", "dmpo has no control variate; leave out --c"),
-        (not same, "--data and --test_data hold the same rows"),
-    ):
-        need(bool(ok), message)
-    return cfg
-
-
-def task_rows(cfg: SimpleNamespace, split: str) -> list[dict]:
-    if split == "test":
-        return read_rows(cfg.test_data, cfg.task) if cfg.test_data else TASKS[cfg.task].rows(split)
-    return cut(read_rows(cfg.data, cfg.task), split) if cfg.data else TASKS[cfg.task].rows(split)
-
-
-# ---- 7. Ranks ------------------------------------------------------------------------------------
+# ---- 11. Processes and files --------------------------------------------------------------------
 class Ranks:
-    """This process among torchrun's, its device and dtype: NCCL and bfloat16 on GPUs, gloo and float32 on CPUs."""
+    """This process among torchrun's, its device and dtype: NCCL and bfloat16 on GPUs, gloo and
+    float32 on CPUs."""
 
     def __init__(self):
-        self.rank, self.size, local = (
-            int(os.environ.get(k, v))
-            for k, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
-        self.cuda, count = torch.cuda.is_available(), torch.cuda.device_count()
-        need(
-            not self.cuda or local < count,
-            f"no GPU for local rank {local}; start at most {count} ranks on this node",
-        )
-        self.device, self.dtype = (
-            (torch.device("cuda", local), torch.bfloat16)
-            if self.cuda
-            else (torch.device("cpu"), torch.float32)
-        )
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.cuda = torch.cuda.is_available()
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         if self.cuda:
+            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            check(local < count, f"no GPU for local rank {local}; start at most {count} ranks here")
+            self.device, self.dtype = torch.device("cuda", local), torch.bfloat16
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.cuda else "gloo")
-        self.wait = dist.barrier if self.size > 1 else lambda: None
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
 
     def gather(self, t: Tensor) -> Tensor:
         """The tensors of all ranks, of one shape, one after the other."""
-        parts = [t] if self.size == 1 else [torch.empty_like(t) for _ in range(self.size)]
-        if self.size > 1:
-            dist.all_gather(parts, t.contiguous())
+        if self.size == 1:
+            return t
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
 
 
-# ---- 8. The buffer -------------------------------------------------------------------------------
-class Buffer:
-    """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,); for dmpo also log_cur and log_pre (N,)."""
-
-    def __init__(
-        self,
-        cfg: SimpleNamespace,
-        ranks: Ranks,
-        text: Text,
-        rows: list[dict],
-        generator: Generator,
-        pad_id: int,
-    ):
-        need(
-            len(rows) >= ranks.size,
-            f"{ranks.size} ranks share {len(rows)} prompts; start fewer ranks or give more rows",
-        )
-        self.cfg, self.ranks, self.text, self.rows, self.generator, self.pad_id = (
-            cfg,
-            ranks,
-            text,
-            rows,
-            generator,
-            pad_id,
-        )
-        self.mine = random.Random(cfg.seed).sample(range(len(rows)), len(rows))[
-            ranks.rank :: ranks.size
-        ]  # ranks share no prompt
-        self.cursor, self.skipped, self.data = 0, 0, {}
-        self.prompt = functools.cache(lambda row: text.prompt(TASKS[cfg.task].prompt(rows[row])))
-
-    def take(self, count: int) -> list[int]:
-        """This rank's next prompts; those that are too long are skipped and counted, never cut."""
-        taken, missed = [], 0
-        while len(taken) < count:
-            row, self.cursor = self.mine[self.cursor % len(self.mine)], self.cursor + 1
-            fits = len(self.prompt(row)) <= self.cfg.prompt_length
-            taken, missed, self.skipped = (
-                taken + [row] * fits,
-                0 if fits else missed + 1,
-                self.skipped + (not fits),
-            )
-            need(
-                missed < len(self.mine),
-                f"every prompt is longer than --prompt_length {self.cfg.prompt_length} tokens; raise it",
-            )
-        return taken
-
-    def prompts(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
-        return pad_left([self.prompt(row) for row in rows], self.pad_id, self.ranks.device)
-
-    def fill(self, model: LLaDA, count: int) -> None:
-        """The teacher answers `count` new prompts; the oldest answers make room. Negative rewards count as 0, as in the release."""
-        cfg, rows, old = (
-            self.cfg,
-            [row for row in self.take(count) for _ in range(self.cfg.completions)],
-            self.data,
-        )
-        x1 = decode(
-            model.eval().use("teacher"),
-            [*map(self.prompt, rows)],
-            cfg.gen_length,
-            cfg.chunk,
-            self.generator,
-            block=cfg.block,
-            steps=cfg.steps,
-            temperature=cfg.temperature,
-            order=cfg.order,
-            ban_mask=True,
-        )
-        task, pairs = (
-            TASKS[cfg.task],
-            [(self.text.answer(answer), self.rows[row]) for answer, row in zip(x1.tolist(), rows)],
-        )
-        new = {
-            "row": torch.tensor(rows),
-            "x1": x1,
-            "r": torch.tensor([max(0.0, task.reward(*pair)) for pair in pairs]).double(),
-            "solved": torch.tensor([task.correct(*pair) for pair in pairs]).double(),
-        }
-        new |= self.likelihoods(model, rows, x1) if cfg.objective == "dmpo" else {}
-        self.data = {k: torch.cat([old[k][len(rows) :], t]) if old else t for k, t in new.items()}
-
-    @torch.no_grad()
-    def likelihoods(self, model: LLaDA, rows: list[int], x1: Tensor) -> dict[str, Tensor]:
-        """Bounds (D6) of the log-likelihoods under teacher (cur) and base (pre): two antithetic pairs of masks, the same for both."""
-        logs = {
-            "log_cur": torch.zeros(len(rows)).double(),
-            "log_pre": torch.zeros(len(rows)).double(),
-        }
-        for part in by_length(
-            range(len(rows)), self.cfg.batch, key=lambda i: len(self.prompt(rows[i]))
-        ):
-            prompts, y, mask_id = (
-                self.prompts([rows[i] for i in part]),
-                x1[part],
-                model.config["mask_token_id"],
-            )
-            for _, first in (
-                objectives.mask_bernoulli(y, mask_id, self.generator) for _ in range(2)
-            ):
-                for mask in (
-                    first,
-                    ~first | first.all(1, keepdim=True),
-                ):  # a full mask is its own partner
-                    for log, adapter in zip(logs.values(), ("teacher", None)):
-                        logits = model.use(adapter)(
-                            *canvas(*prompts, torch.where(mask, mask_id, y), mask)
-                        ).float()
-                        nll = torch.zeros(mask.shape, device=y.device).masked_scatter(
-                            mask, F.cross_entropy(logits, y[mask], reduction="none")
-                        )
-                        log[part] -= (y.shape[1] / 4 * nll.sum(1) / mask.sum(1)).double().cpu()
-        return logs
-
-    def weights(self, h: float) -> Tensor:
-        """(N,): e^{h r} (D1), normalised if asked for; or a group's dmpo weights (D10), times its size."""
-        cfg, r = self.cfg, self.data["r"]
-        if cfg.objective == "dmpo":
-            groups = [self.data[k].view(-1, cfg.completions) for k in ("r", "log_cur", "log_pre")]
-            return cfg.completions * objectives.dmpo_weights(*groups, 0.04).flatten()
-        if cfg.normalize == "batch":
-            return tilt_weight(self.everywhere("r"), h, True)[self.ranks.rank * len(r) :][: len(r)]
-        return tilt_weight(r, h, cfg.normalize == "group", self.data["row"])
-
-    def everywhere(self, key: str) -> Tensor:
-        """(ranks N,): a column of all ranks' buffers."""
-        return self.ranks.gather(self.data[key].to(self.ranks.device)).cpu()
+@contextlib.contextmanager
+def explained(message: str, *kinds: type[Exception]):
+    """Says in one sentence what errors of these kinds (none given: all) mean to the user."""
+    kinds = kinds or (Exception,)
+    try:
+        yield
+    except kinds as error:
+        detail = " ".join(str(error).split())[:80]
+        raise ValueError(f"{message} ({type(error).__name__}: {detail})") from None
 
 
-# ---- 9. The control variate ----------------------------------------------------------------------
-class ControlVariate:
-    """c of (D3) at the masked positions: a number, the scalar c* (D8), or c(xt, i) (D7). Both are least-squares fits of
-    `state_c_target` over past steps, with forgetting: c* to phi = 1; "learned" to 64 more, fixed random projections of the
-    teacher's final hidden state (or itself, if it is no wider). More numbers would learn a buffer's w by heart."""
-
-    def __init__(self, kind: str, width: int, device: torch.device):
-        self.fitted, k = kind in ("star", "learned"), min(width, 64)
-        self.constant = 1.0 if self.fitted else float(kind)
-        project = (
-            torch.eye(k)
-            if k == width
-            else torch.randn(width, k, generator=Generator().manual_seed(0)) * width**-0.5
-        )
-        self.project, n = project.to(device), 1 + k * (kind == "learned")
-        self.seen, self.new = (
-            torch.zeros(n, n + 1, device=device, dtype=torch.float64) for _ in range(2)
-        )
-
-    def phi(self, hidden: Tensor) -> Tensor:
-        return F.pad(hidden.float() @ self.project, (1, 0), value=1.0)[:, : len(self.seen)]
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        G, b = self.seen[:, :-1], self.seen[:, -1]
-        if not (self.fitted and G.any()):
-            return torch.full((len(hidden),), self.constant, device=hidden.device)
-        ridge = (
-            1e-3 * G.trace() / len(b) * (torch.arange(len(b), device=b.device) > 0)
-        )  # on all but the mean: a poor fit falls back on c*
-        return self.phi(hidden) @ torch.linalg.solve(G + ridge.diag(), b).float()
-
-    def see(
-        self, hidden: Tensor, logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Tensor
-    ) -> None:
-        """Adds a batch's normal equations; share (M,) is the 1/k that `row_mean` gives a position."""
-        if self.fitted:
-            (y, q), phi = dtm.state_c_target(logits, logits_a, x1, w), self.phi(hidden)
-            self.new += ((q * share**2)[:, None] * phi).T.double() @ torch.cat(
-                [phi, y[:, None].float()], 1
-            ).double()
-
-    def fit(self, ranks: Ranks) -> None:
-        """At the end of a step, so that c never depends on the batch it serves; the same on all ranks."""
-        if self.fitted:
-            self.seen, self.new = (
-                0.95 * self.seen + ranks.gather(self.new[None]).sum(0),
-                torch.zeros_like(self.new),
-            )
+def write(path: Path, content: dict | str, metadata: dict | None = None) -> None:
+    """Tensors (*.safetensors), text, or JSON; beside its name, then renamed. metadata: one pair,
+    as safetensors would write two in an order of chance."""
+    half = path.with_name(f".half-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        tensors = {name: t.detach().contiguous().cpu() for name, t in content.items()}
+        save_file(tensors, half, metadata=metadata or {"format": "pt"})
+    elif isinstance(content, str):
+        half.write_text(content)
+    else:
+        half.write_text(json.dumps(content, indent=1) + "\n")
+    half.replace(path)
 
 
-# ---- 10. A run and its checkpoints ---------------------------------------------------------------
-class Run:
-    """Model, adapters, optimiser, buffer, generators and counters: all that a run's future depends on."""
-
-    def __init__(self, cfg: SimpleNamespace, ranks: Ranks, rows: list[dict]):
-        need(not cfg.shard or ranks.size > 1, "--shard needs torchrun and more than one rank")
-        self.cfg, self.ranks, self.out, folder = cfg, ranks, Path(cfg.out), locate(cfg.model)
-        self.say = tqdm.write if ranks.rank == 0 else lambda line: None
-        self.text = Text(folder, read_json(folder / "config.json"))
-        self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype, cfg.shard)
-        config, maps, seed = self.model.config, ADAPTED[cfg.lora], cfg.seed + ranks.rank
-        self.model.checkpointing = cfg.checkpointing
-        self.student, self.teacher = (
-            LoRA(config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed).to(ranks.device)
-            for _ in range(2)
-        )
-        self.teacher.eval().to(ranks.dtype).requires_grad_(
-            False
-        )  # what the matrix products would round it to in any case
-        self.model.adapters.update({"student": self.student, "teacher": self.teacher})
-        self.generator = Generator(ranks.device).manual_seed(seed)
-        torch.manual_seed(seed)
-        self.buffer = Buffer(cfg, ranks, self.text, rows, self.generator, config["pad_token_id"])
-        self.state = {
-            "phase": 0,
-            "step": 0,
-            "total": 0,
-            "h": [],
-            "best": -1.0,
-            "best_phase": 0,
-            "ranks": ranks.size,
-        }
-        self.adam = torch.optim.AdamW(
-            self.student.parameters(), cfg.lr, (0.9, 0.99), 1e-8, cfg.weight_decay
-        )
-        self.open_phase()
-        trainable = sum(p.numel() for p in self.student.parameters())
-        self.say(
-            f"LoRA on {', '.join(maps)}: {trainable:,} trainable parameters; {ranks.size} rank(s), {ranks.device.type}, {str(ranks.dtype)[6:]}"
-        )
-
-    def open_phase(self) -> None:
-        """A new optimiser (not for dmpo), average and control variate."""
-        for p in self.student.parameters():
-            if self.cfg.objective == "dtm" or not self.adam.state[p]:
-                self.adam.state[p] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        self.ema = (
-            {k: p.detach().clone() for k, p in self.student.named_parameters()}
-            if self.cfg.ema
-            else {}
-        )
-        self.control = ControlVariate(self.cfg.c, self.model.config["d_model"], self.ranks.device)
-
-    def log(self, **record) -> None:
-        if self.ranks.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record | {"total": self.state["total"]}) + "\n")
-
-    def shared(self) -> dict[str, Tensor]:
-        """What all ranks have in common; the tensors themselves, so that `load` can fill them."""
-        parts = {
-            "student": self.student.state_dict(),
-            "teacher": self.teacher.state_dict(),
-            "ema": self.ema,
-            "adam": {
-                f"{k}.{name}": t
-                for k, p in self.student.named_parameters()
-                for name, t in self.adam.state[p].items()
-            },
-        }
-        return {f"{part}.{k}": t for part, tensors in parts.items() for k, t in tensors.items()} | {
-            "control": self.control.seen
-        }
-
-    def save(self) -> None:
-        """RUN/step-N, renamed when every rank has written its part over what a killed run may have left; the last two are kept."""
-        name, own = (
-            f"step-{self.state['total']:07}",
-            {f"buffer.{k}": t for k, t in self.buffer.data.items()},
-        )
-        half, own["cursor"] = (
-            self.out / f".half-{name}",
-            torch.tensor([self.buffer.cursor, self.buffer.skipped]),
-        )
-        own |= {
-            "generator": self.generator.get_state(),
-            "torch": (torch.cuda if self.ranks.cuda else torch).get_rng_state(),
-        }
-        write(half / f"rank{self.ranks.rank}.safetensors", own)
-        if self.ranks.rank == 0:
-            self.student.save(half / "adapter", self.cfg.model)
-            write(half / "shared.safetensors", self.shared())
-            write(half / "state.json", self.state)
-        self.ranks.wait()
-        if self.ranks.rank == 0:
-            half.replace(self.out / name)
-            for old in checkpoints(self.out)[:-2]:
-                shutil.rmtree(old)
-
-    @torch.no_grad()
-    def load(self) -> None:
-        """Goes back to the last checkpoint; the log forgets what came after it."""
-        last = checkpoints(self.out)[-1]
-        self.state = read_json(last / "state.json")
-        need(
-            self.state["ranks"] == self.ranks.size,
-            f"{self.out} ran on {self.state['ranks']} ranks, now there are {self.ranks.size}; resume with as many",
-        )
-        saved, own = (
-            dict(read_shard(last / "shared.safetensors")),
-            dict(read_shard(last / f"rank{self.ranks.rank}.safetensors")),
-        )
-        for name, t in self.shared().items():
-            t.copy_(saved[name])
-        self.buffer.data = {
-            k[7:]: t.to(self.ranks.device) if k == "buffer.x1" else t
-            for k, t in own.items()
-            if k.startswith("buffer.")
-        }
-        self.buffer.cursor, self.buffer.skipped = own["cursor"].tolist()
-        self.generator.set_state(own["generator"])
-        (torch.cuda if self.ranks.cuda else torch).set_rng_state(own["torch"])
-        if self.ranks.rank == 0:
-            write(
-                self.out / "metrics.jsonl",
-                "".join(
-                    json.dumps(r) + "\n"
-                    for r in read_log(self.out)
-                    if r["total"] <= self.state["total"]
-                ),
-            )
-        self.say(f"resumed {last}: phase {self.state['phase']}, step {self.state['step']}")
+def read_json(path: Path) -> dict:
+    check(path.is_file(), f"{path} is missing; is this the right folder?")
+    with explained(f"{path} is no JSON object; restore it", ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
 
 
-checkpoints = lambda out: sorted(out.glob("step-*"))
+def digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def read_log(out: Path) -> list[dict]:
-    """The records of a run; a killed one may end in half a line."""
-    need(
-        (out / "metrics.jsonl").is_file(),
-        f"{out} holds no metrics.jsonl; expected the folder of a run",
-    )
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+def file_digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total.update(block)
+    return total.hexdigest()
 
 
-def parallel(model: LLaDA, ranks: Ranks) -> nn.Module:
-    """DDP on the student's adapter; the base is frozen and the same everywhere, or cut by FSDP2, and nothing DDP should touch."""
-    if ranks.size == 1:
-        return model
-    DDP = nn.parallel.DistributedDataParallel
-    DDP._set_params_and_buffers_to_ignore_for_model(
-        model, [name for name, p in model.named_parameters() if not p.requires_grad]
-    )
-    return DDP(model)
+# ---- 12. Command line ---------------------------------------------------------------------------
+def make_parser() -> argparse.ArgumentParser:
+    """No abbreviations: eval's --h would otherwise be its --help."""
+    parser = argparse.ArgumentParser(description="Discrete Tilt Matching on LLaDA.")
+    actions = parser.add_subparsers(dest="action", required=True)
+
+    def add_action(name: str, about: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=about, description=about, allow_abbrev=False)
+
+    tune = add_action("train", "start a run, or go on with the one in --out (the default)")
+    add_settings(tune, without=("test_data",))
+    scores = add_action("eval", "score the test rows, decoded at temperature 0")
+    scores.add_argument("--adapter", type=Path, help="PEFT folder, such as RUN/best (none: base)")
+    lengths = "answer lengths, tokens (the task's, and twice that)"
+    scores.add_argument("--lengths", type=int, nargs="+", metavar="L", help=lengths)
+    add_settings(scores, only=("task", "model", "out", "test_data", "chunk", "block", "steps"))
+    whole = add_action("merge", "write a base model with an adapter merged in, as a checkpoint")
+    whole.add_argument("folder", type=Path, metavar="OUT", help="new folder")
+    whole.add_argument("--adapter", type=Path, required=True, help="PEFT folder")
+    whole.add_argument("--model", default="", help="its base (the one that the adapter names)")
+    return parser
 
 
-# ---- 11. The loop --------------------------------------------------------------------------------
-def learning_rate(cfg: SimpleNamespace, step: int) -> float:
-    """Rises over 5 % of a phase and falls linearly to lr_min over the last 10 %; constant for dmpo, whose rounds are short."""
-    left, n = cfg.steps_per_h - step - 1, cfg.steps_per_h
-    fall = max(0.0, 1 - left / (0.1 * n))
-    return (
-        cfg.lr
-        if cfg.objective == "dmpo"
-        else min(1.0, (step + 1) / (0.05 * n)) * (cfg.lr + (cfg.lr_min - cfg.lr) * fall)
-    )
-
-
-def loss_terms(run: Run, student: nn.Module, part: list[int], w: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of one forward pass over the buffer's rows `part` with weights w (B,); beside it [loss, KL(pi_a || pi_theta), mean c]."""
-    model, data, g, mask_id = (
-        run.model,
-        run.buffer.data,
-        run.generator,
-        run.model.config["mask_token_id"],
-    )
-    prompts, x1, dmpo = (
-        run.buffer.prompts(data["row"][part].tolist()),
-        data["x1"][part],
-        run.cfg.objective == "dmpo",
-    )
-    xt, mask = (
-        objectives.mask_bernoulli(x1, mask_id, g)
-        if dmpo
-        else mask_blockwise(x1, mask_id, run.cfg.block, g)
-    )  # mask: the active block's
-    args = canvas(*prompts, xt, mask)
-    with torch.no_grad():
-        logits_a, hidden = model.use("teacher")(*args, hidden=True)
-    model.use("student")
-    logits, x1, w = student(*args), x1[mask], w[:, None].expand_as(mask)[mask]
-    c = run.control(hidden)
-    loss = row_mean(c_dtm_loss(logits, logits_a, x1, w, c), mask)  # dmpo_loss is its c = 0
-    with torch.no_grad():
-        share = (1 / mask.sum(1, keepdim=True)).expand_as(mask)[mask]
-        run.control.see(hidden, logits, logits_a, x1, w, share)
-        kl = F.kl_div(
-            logits.float().log_softmax(-1),
-            logits_a.float().log_softmax(-1),
-            reduction="none",
-            log_target=True,
-        ).sum(-1)
-        return loss, torch.stack([loss, row_mean(kl, mask), c.mean()]).double()
-
-
-def train(run: Run, valid: list[dict], test: list[dict] | None = None) -> None:
-    """The algorithm, in the order of the head of this file. Validation rows choose RUN/best; test rows are only reported."""
-    cfg, ranks, state, buffer, model, top = (
-        run.cfg,
-        run.ranks,
-        run.state,
-        run.buffer,
-        run.model,
-        TASKS[run.cfg.task].top,
-    )
-    student, asked, seconds, clock = (
-        parallel(model, ranks),
-        itertools.count(),
-        dict(rollout=0.0, train=0.0, eval=0.0),
-        time.perf_counter(),
-    )
-
-    def lap(name: str) -> None:
-        nonlocal clock
-        seconds[name], clock = seconds[name] + time.perf_counter() - clock, time.perf_counter()
-
-    def next_h(a: float) -> float:
-        """h of the phase at tilt a, from fresh rollouts of its teacher; a resumed run repeats its past."""
-        if (n := next(asked)) == len(state["h"]):
-            buffer.data = {}
-            buffer.fill(model, cfg.prompts)
-            state["h"].append(
-                dtm.next_h(buffer.everywhere("r"), cfg.ess, cfg.h) if cfg.ess else cfg.h
-            )
-            lap("rollout")
-        return state["h"][n]
-
-    def look(a: float) -> None:
-        for split, rows in (("valid", valid), ("test", test)):
-            if rows and (got := evaluate(run, rows, cfg.gen_length)):  # on rank 0
-                run.log(kind="eval", split=split, phase=state["phase"], a=a, **got)
-                run.say(f"a = {a:6.2f} {split:>5}: " + show(got))
-                if split == "valid" and got["solved"] > state["best"]:
-                    state.update(best=got["solved"], best_phase=state["phase"])
-                    run.teacher.save(run.out / "best", cfg.model)
-        lap("eval")
-
-    if state["total"] == 0 and not state["h"]:
-        look(0.0)
-    for n, (a, h) in enumerate(phases(cfg.a_end, next_h)):
-        if n < state["phase"]:  # a resumed run's past
+def add_settings(parser: argparse.ArgumentParser, only: tuple = (), without: tuple = ()) -> None:
+    """Flags for these settings, or for all, with every task's defaults."""
+    for f in fields(Config):
+        if f.name in without or (only and f.name not in only):
             continue
-        bar = tqdm(
-            range(state["step"], cfg.steps_per_h),
-            f"a {a:.1f} of {cfg.a_end:g}",
-            unit="step",
-            disable=ranks.rank > 0,
-            dynamic_ncols=True,
-        )
-        for step in bar:
-            if step and cfg.refresh and cfg.refresh_steps and step % cfg.refresh_steps == 0:
-                buffer.fill(model, cfg.refresh)
-                lap("rollout")
-            w = buffer.weights(h).to(ranks.device, torch.float32)
-            picks = torch.randperm(len(w), generator=run.generator, device=ranks.device)[
-                : cfg.batch * cfg.accum
-            ].tolist()
-            lengths = [len(buffer.prompt(row)) for row in buffer.data["row"].tolist()]
-            parts = by_length(picks, cfg.batch, key=lengths.__getitem__) * (
-                4 if cfg.objective == "dmpo" else 1
-            )  # dmpo: 4 states a row
-            run.student.train()
-            sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-            for i, part in enumerate(parts):
-                with (
-                    student.no_sync()
-                    if ranks.size > 1 and i + 1 < len(parts)
-                    else contextlib.nullcontext()
-                ):
-                    loss, terms = loss_terms(run, student, part, w[part])
-                    (loss / len(parts)).backward()
-                sums += terms / len(parts)
-            norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
-            need(
-                math.isfinite(norm) and bool(sums.isfinite().all()),
-                f"the loss is not finite at step {state['total'] + 1}, rank {ranks.rank}, prompts "
-                f"{sorted({int(buffer.data['row'][i]) for i in picks})}; the last checkpoint is untouched. Try a lower --lr or --h, or --normalize batch",
-            )
-            run.adam.param_groups[0]["lr"] = learning_rate(cfg, step)
-            run.adam.step()
-            run.adam.zero_grad()
-            run.control.fit(ranks)
-            for name, p in run.student.named_parameters() if cfg.ema else ():
-                run.ema[name].lerp_(p.detach(), 1 - cfg.ema)
-            state.update(step=step + 1, total=state["total"] + 1)
-            r, (loss, kl, c), before = (
-                buffer.everywhere("r"),
-                ranks.gather(sums[None]).mean(0).tolist(),
-                seconds["train"],
-            )
-            lap("train")
-            tokens = ranks.size * sum(lengths[i] + cfg.gen_length for part in parts for i in part)
-            run.log(
-                kind="step",
-                phase=n,
-                a=a,
-                h=h,
-                loss=loss,
-                kl=kl,
-                c=c,
-                ess=1 / float(tilt_weight(r, h, True).square().mean()),
-                reward=float(r.mean()),
-                reward_sd=float(r.std(correction=0)),
-                reward_hist=torch.histc(r, 10, 0, top).int().tolist(),
-                solved=float(buffer.everywhere("solved").mean()),
-                grad_norm=norm,
-                lr=learning_rate(cfg, step),
-                skipped=buffer.skipped,
-                seconds=seconds,
-                tokens_per_s=tokens / (seconds["train"] - before),
-                gpu_gb=torch.cuda.max_memory_allocated() / 1e9 if ranks.cuda else 0.0,
-            )
-            bar.set_postfix(
-                loss=f"{loss:.3g}", reward=f"{float(r.mean()):.3f}", h=f"{h:.2f}", refresh=False
-            )
-            if state["total"] % cfg.save_every == 0 and step + 1 < cfg.steps_per_h:
-                run.save()
-        for adapter in (
-            run.teacher,
-            run.student,
-        ):  # the boundary: teacher <- student or its average
-            adapter.follow(run.ema or run.student.state_dict())
-        run.open_phase()
-        state.update(phase=n + 1, step=0)
-        look(a + h)
-        run.save()
+        shown = str(f.default)
+        for name, task in TASKS.items():
+            if task.preset.get(f.name, f.default) != f.default:
+                shown += f"; {name}: {task.preset[f.name]}"
+        kind = {"type": f.type, "metavar": "X"}
+        if f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        flags = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
+        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        parser.add_argument(*flags, default=argparse.SUPPRESS, help=text, **kind)
 
 
-# ---- 12. Evaluation ------------------------------------------------------------------------------
-def evaluate(
-    run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0
-) -> dict | None:
-    """Decodes every row once with the teacher's adapter, by confidence, at the rollouts' tokens a step. Scores with standard errors
-    on rank 0, None elsewhere; `path` receives the answers as JSONL in the order of the rows."""
-    cfg, ranks, task = run.cfg, run.ranks, TASKS[run.cfg.task]
-    # Every rank decodes as many, so that sharded ranks keep step; the repeats at the end count once.
-    mine = [
-        i % len(rows)
-        for i in range(ranks.rank, -(-len(rows) // ranks.size) * ranks.size, ranks.size)
-    ]
-    prompts, g = (
-        [run.text.prompt(task.prompt(rows[i])) for i in mine],
-        Generator(ranks.device).manual_seed(cfg.seed + ranks.rank),
-    )
-    steps = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length)
-    ids = decode(
-        run.model.eval().use("teacher"),
-        prompts,
-        gen_length,
-        cfg.chunk,
-        g,
-        ranks.rank > 0,
-        block=cfg.block,
-        steps=steps,
-        temperature=temperature,
-    )
-    ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)].tolist()
-    if ranks.rank:
-        return None
-    graded = [
-        row | {"text": t, "solved": float(task.correct(t, row)), "reward": task.reward(t, row)}
-        for t, row in zip(map(run.text.answer, ids), rows)
-    ]
-    if path:
-        write(path, "".join(json.dumps(line) + "\n" for line in graded))
-    parts = {k: [(line[k], 1) for line in graded] for k in ("solved", "reward")}
-    parts |= {"cells": [task.cells(line["text"], line) for line in graded]} if task.cells else {}
-    got = {"n": len(rows)}
-    for (
-        k,
-        pairs,
-    ) in (
-        parts.items()
-    ):  # pooled over cells; the error counts rows, as a puzzle's cells stand or fall together
-        part, whole = torch.tensor(pairs).double().unbind(1)
-        share = part.sum() / whole.sum()
-        got |= {
-            k: float(share),
-            f"{k}_se": float(
-                (part - share * whole).std(correction=0) / len(rows) ** 0.5 / whole.mean()
-            ),
-        }
-    return got
-
-
-show = lambda got: (
-    ", ".join(
-        f"{k} {got[k]:.3f} +- {got[k + '_se']:.3f}"
-        for k in ("solved", "cells", "reward")
-        if k in got
-    )
-    + f" (n = {got['n']})"
-)
-
-# ---- 13. The laptop's LLaDA ----------------------------------------------------------------------
-CHARS = "?0123456789+-*/()= "
-TOY = CONFIG_8B | dict(
-    d_model=64,
-    n_layers=4,
-    n_heads=4,
-    mlp_hidden_size=192,
-    vocab_size=24,
-    rope_theta=1000.0,
-    mask_token_id=23,
-    eos_token_id=1,
-    pad_token_id=1,
-)
-SLOPPY = dict(steps=1600, batch=128, lr=4e-3, lazy=0.7)
-
-
-def lazy(row: dict) -> str:
-    """A lazy solver's answer: every row gets its missing digits in ascending order."""
-    lines = [row["puzzle"][i : i + 4] for i in range(0, 16, 4)]
-    spare = [iter(sorted({*"1234"} - {*line})) for line in lines]
-    return "".join(next(left) if c == "0" else c for line, left in zip(lines, spare) for c in line)
-
-
-def save_tokenizer(folder: Path, config: dict) -> None:
-    """A tokenizer.json of single characters, special tokens at the ids of the config."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    special = {
-        "<|startoftext|>": 0,
-        "<|endoftext|>": config["eos_token_id"],
-        "<|mdm_mask|>": config["mask_token_id"],
-    }
-    tok = Tokenizer(
-        models.WordLevel(special | {c: i for i, c in enumerate(CHARS, 2)}, unk_token="?")
-    )
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
-    tok.add_special_tokens(list(special))
-    write(folder / "tokenizer.json", tok.to_str(pretty=True))
-
-
-def make_toy(folder: Path, seed: int, ranks: Ranks, steps: int = SLOPPY["steps"]) -> None:
-    """A small LLaDA, trained on puzzles whose rows are each filled lazily with chance .7, saved in the checkpoint's format."""
-    rows, g = TASKS["toy"].rows("train"), Generator(ranks.device).manual_seed(seed + ranks.rank)
-    encode = lambda texts: torch.tensor(
-        [[CHARS.index(c) + 2 for c in text] for text in texts], device=ranks.device
-    )
-    prompt, right, wrong = (
-        encode(r["puzzle"] for r in rows),
-        encode(r["solution"] for r in rows),
-        encode(map(lazy, rows)),
-    )
-    prompt = F.pad(prompt, (1, 0), value=0)  # <|startoftext|>
-    model = LLaDA(TOY).init_weights(Generator().manual_seed(seed)).to(ranks.device)
-    trained = nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
-    adam = torch.optim.AdamW(model.parameters(), SLOPPY["lr"], (0.9, 0.98))
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, SLOPPY["lr"], steps, pct_start=0.1)
-    for _ in tqdm(
-        range(steps), "pretraining the toy", unit="step", disable=ranks.rank > 0, dynamic_ncols=True
-    ):
-        i = torch.randint(
-            len(rows), (SLOPPY["batch"] // ranks.size,), generator=g, device=ranks.device
-        )
-        x1 = torch.where(
-            (
-                torch.rand(len(i), 4, generator=g, device=ranks.device) < SLOPPY["lazy"]
-            ).repeat_interleave(4, 1),
-            wrong[i],
-            right[i],
-        )
-        xt, mask = mask_random(x1, TOY["mask_token_id"], g)
-        row_mean(
-            F.cross_entropy(
-                trained(*canvas(prompt[i], None, xt, mask)), x1[mask], reduction="none"
-            ),
-            mask,
-        ).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        rate.step()
-        adam.zero_grad()
-    if ranks.rank == 0:
-        save_tokenizer(folder, TOY)
-        model.save_pretrained(folder)
-    ranks.wait()
-
-
-def toy(cfg: SimpleNamespace, ranks: Ranks) -> None:
-    """Make the model, save it, load it back, tune it, report the phase that the validation rows chose."""
-    start, test = time.perf_counter(), task_rows(cfg, "test")
-    if not (
-        Path(cfg.model) / "config.json"
-    ).exists():  # --model BASE reuses the base of another run
-        make_toy(Path(cfg.model), cfg.seed, ranks)
-    run = start_run(cfg, ranks)
-    for temperature in (0.0, 1.0):
-        if got := evaluate(run, test, cfg.gen_length, temperature=temperature):
-            run.say(f"base, test rows, temperature {temperature:g}: {show(got)}")
-            run.log(kind="base", temperature=temperature, **got)
-    train(run, task_rows(cfg, "valid")[: cfg.eval_rows], test)
-    if ranks.rank == 0:
-        curve, minutes = (
-            [r for r in read_log(run.out) if r["kind"] == "eval" and r["split"] == "test"],
-            (time.perf_counter() - start) / 60,
-        )
-        best = curve[run.state["best_phase"]]
-        write(
-            run.out / "result.json",
-            {
-                "minutes": minutes,
-                "torch": torch.__version__,
-                "threads": torch.get_num_threads(),
-                "ranks": ranks.size,
-                "test": best,
-            },
-        )
-        run.say(
-            f"solved, held-out solutions: {curve[0]['solved']:.3f} -> {best['solved']:.3f} after phase {best['phase']}, which the validation rows "
-            f"chose; {minutes:.1f} minutes"
-        )
-
-
-# ---- 14. Before renting, on the machine, afterwards ----------------------------------------------
-def plan(cfg: SimpleNamespace, config: dict, gpus: int, tflops: float) -> dict:
-    """Parameters, GB a GPU, EFLOP and hours. `tflops` is what a GPU attains, not its data sheet's peak. A map of n numbers costs 2 n
-    FLOPs a token; a backward pass through the frozen base costs one more forward. Every prompt counts as --prompt_length."""
-    need(gpus > 0 and tflops > 0, f"--gpus {gpus} and --tflops {tflops:g} must be positive")
-    d, m, n, V = (config[k] for k in ("d_model", "mlp_hidden_size", "n_layers", "vocab_size"))
-    body, T, masks = (
-        n * (4 * d * d + 3 * d * m),
-        cfg.prompt_length + cfg.gen_length,
-        (cfg.block + 1) / 2,
-    )
-    total, trainable = (
-        body + 2 * V * d + (2 * n + 1) * d,
-        n * cfg.rank * sum(sum(sizes(config, k)) for k in ADAPTED[cfg.lora]),
-    )
-    forward = T * (2 * (body + trainable) + 4 * d * n * T) + 2 * d * V * masks
-    fills = (cfg.steps_per_h - 1) // cfg.refresh_steps if cfg.refresh and cfg.refresh_steps else 0
-    answers, count = (
-        gpus * cfg.completions * (cfg.prompts + fills * cfg.refresh),
-        sum(1 for _ in phases(cfg.a_end, cfg.h)),
-    )
-    eflop = {
-        "rollouts": answers * cfg.steps * forward / 1e18,
-        "validation": cfg.eval_rows * cfg.steps * forward / 1e18,
-        "training": gpus
-        * cfg.batch
-        * cfg.accum
-        * cfg.steps_per_h
-        * (4 if cfg.checkpointing else 3)
-        * forward
-        / 1e18,
-    }
-    block = (
-        cfg.batch * T * 2 * (30 * d + 7 * m)
-    )  # bytes kept for a block's backward pass: a count by hand, to be measured
-    memory = {
-        "base": 2 * total / (gpus if cfg.shard else 1),
-        "student, gradient, AdamW": 16 * trainable,
-        "teacher": 2 * trainable,
-        "average": 4 * trainable if cfg.ema else 0,
-        "activations": block + cfg.batch * T * 2 * d * n if cfg.checkpointing else block * n,
-        "logits": cfg.batch * masks * V * 24,
-    }
-    hours = sum(eflop.values()) * 1e6 / (gpus * tflops * 3600)
-    return {
-        "parameters": total,
-        "trainable": trainable,
-        "gb_per_gpu": {k: v / 1e9 for k, v in memory.items()},
-        "gb_per_gpu_total": sum(memory.values()) / 1e9,
-        "phases": count,
-        "steps": count * cfg.steps_per_h,
-        "answers_per_phase": answers,
-        "eflop_per_phase": eflop,
-        "eflop": count * sum(eflop.values()),
-        "hours_per_phase": hours,
-        "hours": count * hours,
-    }
-
-
-def bench(cfg: SimpleNamespace, ranks: Ranks) -> dict:
-    """The 8B shape with random weights (on a CPU the toy's, to see that it runs): checkpoint written and read, one buffer rolled out, ten
-    steps, checkpoint and resume; FLOP rates by `plan` as shares of what a large matrix product attains here."""
-    config, n, out = (CONFIG_8B, 8192, Path(cfg.out)) if ranks.cuda else (TOY, 1024, Path(cfg.out))
-    x, clocks = torch.randn(n, n, device=ranks.device, dtype=ranks.dtype), []
-    for _ in range(3):  # the first round warms up
-        float(sum((x @ x)[0, 0] for _ in range(20)))  # float() waits for the device
-        clocks.append(time.perf_counter())
-    rate = 20 * 2 * n**3 / (clocks[2] - clocks[1])
-    save_tokenizer(out / "base", config)
-    torch.set_default_dtype(ranks.dtype)
-    with ranks.device:
-        LLaDA(config).init_weights(Generator(ranks.device).manual_seed(0)).save_pretrained(
-            out / "base", 6
-        )
-    torch.set_default_dtype(torch.float32)
-    TASKS["bench"] = TASKS["sudoku"]._replace(
-        prompt=lambda row: row["puzzle"].ljust(cfg.prompt_length - 1, "0")
-    )
-    cfg = SimpleNamespace(
-        **vars(cfg)
-        | dict(
-            task="bench",
-            model=str(out / "base"),
-            out=str(out / "run"),
-            a_end=cfg.h,
-            steps_per_h=10,
-            save_every=5,
-            refresh=0,
-            prompts=max(cfg.chunk, cfg.batch * cfg.accum),
-        )
-    )
-    run = start_run(cfg, ranks)
-    train(run, [])
-    again = resumed(Path(cfg.out), {}, ranks)
-    need(
-        all(
-            torch.equal(p, q) for p, q in zip(again.student.parameters(), run.student.parameters())
-        ),
-        "the resumed adapter differs",
-    )
-    log, cost = read_log(run.out), plan(cfg, config, 1, 1.0)["eflop_per_phase"]
-    rollout, step = (
-        log[-1]["seconds"]["rollout"],
-        (log[-1]["seconds"]["train"] - log[1]["seconds"]["train"]) / 8,
-    )  # the first two warm up
-    got = {
-        "device": torch.cuda.get_device_name() if ranks.cuda else "cpu",
-        "torch": torch.__version__,
-        "matmul_tflops": rate / 1e12,
-        "rollout_seconds": rollout,
-        "answer_tokens_per_s": cfg.prompts * cfg.completions * cfg.gen_length / rollout,
-        "rollout_share_of_matmul": cost["rollouts"] * 1e18 / rollout / rate,
-        "step_seconds": step,
-        "tokens_per_s": cfg.batch * cfg.accum * (cfg.prompt_length + cfg.gen_length) / step,
-        "step_share_of_matmul": cost["training"] * 1e17 / step / rate,
-        "peak_gb": log[-1]["gpu_gb"],
-        "settings": vars(cfg),
-    }
-    write(out / "bench.json", got)
-    return got
-
-
-PANELS = {
-    "solved": "share solved",
-    "cells": "share of empty cells right",
-    "reward": "mean reward of the buffer",
-    "a": "tilt a",
-    "ess": "effective sample size, share",
-    "kl": "KL(teacher || student), nats",
-    "c": "mean c",
-    "grad_norm": "gradient norm",
-}
-
-
-def plot(runs: list[Path], to: Path) -> None:
-    """The runs' logs, a colour for each c, means over runs in bold: TO.png, drawn from TO.json."""
-    from matplotlib.figure import Figure
-
-    keys = {"kind", "split", "phase", "total", "n", "solved_se", "cells_se", *PANELS}
-    log = lambda run: [{k: v for k, v in record.items() if k in keys} for record in read_log(run)]
-    table = [
-        {"run": run.name, "settings": read_json(run / "config.json"), "log": log(run)}
-        for run in runs
-    ]
-    write(
-        to.with_suffix(".json"),
-        json.dumps({"command": "python llada_finetune.py " + " ".join(sys.argv[1:]), "runs": table})
-        + "\n",
-    )
-    fig, split = (
-        Figure((16, 7), layout="constrained"),
-        "test" if any(e.get("split") == "test" for r in table for e in r["log"]) else "valid",
-    )
-    colours = dict(
-        zip(
-            sorted({r["settings"]["c"] for r in table}),
-            itertools.cycle(("#d55e00", "#0072b2", "#009e73", "#cc79a7")),
-        )
-    )
-    for axis, (key, title) in zip(fig.subplots(2, 4).flat, PANELS.items()):
-        x, kind = ("phase", split) if key in ("solved", "cells") else ("total", "step")
-        for c, colour in colours.items():
-            runs = [r["log"] for r in table if r["settings"]["c"] == c]
-            lines = [
-                [(e[x], e[key]) for e in log if key in e and e.get("split", e["kind"]) == kind]
-                for log in runs
-            ]
-            for line in filter(None, lines):
-                axis.plot(*zip(*line), color=colour, lw=0.8, alpha=0.6)
-            if x == "phase" and all(lines):
-                mean = [sum(p[1] for p in points) / len(lines) for points in zip(*lines)]
-                axis.plot(
-                    mean,
-                    color=colour,
-                    lw=2.5,
-                    marker="o",
-                    label=f"c: {c}, mean of {len(lines)} runs",
-                )
-                axis.legend(loc="lower right", title=f"{split} rows")
-        axis.set(title=title, xlabel={"phase": "phase", "total": "optimiser step"}[x])
-        axis.set_ylim(*(0, 1.02) if x == "phase" else (min(0, axis.get_ylim()[0]),))
-        axis.grid(alpha=0.3)
-    fig.savefig(to.with_suffix(".png"), dpi=100)
-
-
-# ---- 15. Command line ----------------------------------------------------------------------------
-def start_run(cfg: SimpleNamespace, ranks: Ranks) -> Run:
-    """A new run in a folder that no other run uses."""
-    need(
-        not Path(cfg.out, "config.json").exists(),
-        f"{cfg.out} holds a run: --resume {cfg.out} goes on with it, --out FOLDER starts another",
-    )
-    run = Run(cfg, ranks, task_rows(cfg, "train"))
-    ranks.wait()
-    if ranks.rank == 0:
-        write(run.out / "config.json", vars(cfg))
-    return run
-
-
-def resumed(out: Path, given: dict, ranks: Ranks) -> Run:
-    saved = read_json(out / "config.json")
-    changed = [
-        f"{k} (was {saved.get(k)!r}, now {v!r})" for k, v in given.items() if saved.get(k) != v
-    ]
-    need(
-        not changed,
-        f"a resumed run keeps its settings; leave out {', '.join(changed)} or start a new run",
-    )
-    need(bool(checkpoints(out)), f"{out} has no checkpoint yet; start anew with another --out")
-    cfg = SimpleNamespace(**saved | {"out": str(out)})
-    run = Run(cfg, ranks, task_rows(cfg, "train"))
-    run.load()
-    return run
-
-
-def test_table(cfg: SimpleNamespace, ranks: Ranks, adapter: str | None, lengths: list[int]) -> None:
-    """The test rows at temperature 0: scores in RUN/eval.json, answers beside it."""
-    need(
-        all(length % cfg.block == 0 for length in lengths),
-        f"--lengths {lengths} must be multiples of --block {cfg.block}",
-    )
-    rows = task_rows(cfg, "test")
-    run, table = Run(cfg, ranks, rows), {}
+def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | None) -> None:
+    """Scores of the test rows in OUT/eval.json, answers beside it."""
     if adapter:
-        run.model.adapters["teacher"] = LoRA.load(Path(adapter), run.model.config).to(
-            ranks.device, ranks.dtype
-        )
+        given["model"] = str(base_of(adapter, given.get("model", "")))
+        config = adapter.parent / "config.json"
+        if config.is_file():  # RUN/best: the run's task
+            given = {"task": read_json(config).get("task", Config.task)} | given
+    place = adapter or f"runs/{given.get('task', Config.task)}-base"
+    cfg = make_config(**{"out": f"{place}-eval", **given})
+    lengths = lengths or [cfg.gen_length, 2 * cfg.gen_length]
     for length in lengths:
-        if got := evaluate(run, rows, length, run.out / f"eval-{length}.jsonl"):
-            table[length] = got
-            run.say(f"{cfg.task}, {length} tokens: {show(got)}")
-            write(run.out / "eval.json", {"model": cfg.model, "adapter": adapter, "lengths": table})
+        check_lengths(length, cfg.block, length)
+    rows = task_rows(cfg, "test")
+    run = Run(cfg, Ranks(), rows, [])
+    if TASKS[cfg.task].generated and not cfg.test_data:
+        run.say("these test rows were generated here: no published table compares with them")
+    if adapter:
+        lora = LoRA.load(adapter, run.model.config)
+        run.model.adapters["teacher"] = lora.to(run.ranks.device, run.ranks.dtype)
+    table = {}
+    for length in lengths:
+        scores = evaluate(run, rows, length, run.out / f"eval-{length}.jsonl")
+        if scores:
+            table[length] = scores
+            run.say(f"{cfg.task}, {length} tokens: {show(scores)}")
+            name = str(adapter) if adapter else None
+            write(run.out / "eval.json", {"model": cfg.model, "adapter": name, "lengths": table})
 
 
 def main(argv: list[str] | None = None) -> None:
-    p = argparse.ArgumentParser(
-        description="Discrete Tilt Matching on LLaDA. Without an action it trains; settings not given come from the task's preset."
-    )
-    p.add_argument(
-        "--toy",
-        action="store_true",
-        help="the whole loop on a small LLaDA that is made here, for a laptop",
-    )
-    p.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    p.add_argument(
-        "--eval",
-        action="store_true",
-        help="decode the test rows with --adapter, or with the base model",
-    )
-    p.add_argument("--adapter", metavar="DIR", help="PEFT folder, such as RUN/best")
-    p.add_argument(
-        "--lengths",
-        type=int,
-        nargs="+",
-        metavar="L",
-        help="answer lengths of --eval in tokens (gen_length and twice that)",
-    )
-    p.add_argument(
-        "--merge",
-        metavar="OUT",
-        help="write --model with --adapter merged in, as a whole checkpoint",
-    )
-    p.add_argument(
-        "--plan",
-        action="store_true",
-        help="print parameters, GB, EFLOP and hours; needs neither weights nor GPU",
-    )
-    p.add_argument("--gpus", type=int, default=8, help="number of GPUs for --plan (8)")
-    p.add_argument(
-        "--tflops",
-        type=float,
-        default=400.0,
-        help="TFLOP/s that each GPU attains, for --plan (400)",
-    )
-    p.add_argument(
-        "--bench", action="store_true", help="time the 8B shape with random weights on this machine"
-    )
-    p.add_argument("--plot", metavar="RUN", nargs="+", help="draw the logs of runs")
-    p.add_argument("--to", metavar="NAME", help="figure of --plot, without suffix (RUN/metrics)")
-    group = p.add_argument_group(
-        "settings; in brackets the value for sudoku (countdown, gsm8k and math, toy where they differ)"
-    )
-    for name, (text, value, *others) in SETTINGS.items():
-        kind = (
-            {"action": argparse.BooleanOptionalAction}
-            if isinstance(value, bool)
-            else {"type": type(value), "metavar": "X"}
-        )
-        shown = " ".join(str(v) for v in (value, *others) if v not in (None, ""))
-        group.add_argument(
-            *{f"--{name}": 0, f"--{name.replace('_', '-')}": 0},
-            default=argparse.SUPPRESS,
-            help=f"{text} [{shown}]".replace("%", "%%"),
-            **kind,
-        )
-    args = p.parse_args(argv)
-    given = {k: v for k, v in vars(args).items() if k in SETTINGS}
-    if args.plot:
-        return plot([Path(r) for r in args.plot], Path(args.to or f"{args.plot[0]}/metrics"))
-    ranks = Ranks()
-    if args.resume:
-        run = resumed(Path(args.resume), given, ranks)
-        return train(
-            run,
-            task_rows(run.cfg, "valid")[: run.cfg.eval_rows],
-            task_rows(run.cfg, "test") if run.cfg.task == "toy" else [],
-        )
-    if args.toy:  # the same buffer and batch in all, whatever the number of ranks
-        share = {k: PRESETS["toy"][k] // ranks.size for k in ("prompts", "batch")}
-        cfg = settings(**share | given | {"task": "toy"})
-        cfg.model = cfg.model or f"{cfg.out}/base"
-        return toy(cfg, ranks)
-    cfg = settings(**{"task": "sudoku"} | given)
-    if args.plan:
-        local = (
-            TOY
-            if cfg.task == "toy"
-            else read_json(Path(cfg.model) / "config.json")
-            if Path(cfg.model).is_dir()
-            else CONFIG_8B
-        )
-        got = json.dumps(plan(cfg, check_config(local), args.gpus, args.tflops))
-        return print(
-            json.dumps(json.loads(got, parse_float=lambda x: float(f"{float(x):.4g}")), indent=1)
-        )
-    if args.bench:
-        return print(json.dumps(bench(cfg, ranks), indent=1))
-    if args.merge:
-        need(bool(args.adapter), "--merge needs --adapter DIR")
-        return merge(locate(cfg.model), Path(args.adapter), Path(args.merge))
-    if args.eval:
-        return test_table(
-            cfg, ranks, args.adapter, args.lengths or [cfg.gen_length, 2 * cfg.gen_length]
-        )
-    train(
-        start_run(cfg, ranks),
-        task_rows(cfg, "valid")[: cfg.eval_rows],
-        task_rows(cfg, "test") if cfg.task == "toy" else [],
-    )
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["train", *argv]
+    given = vars(make_parser().parse_args(argv))
+    action = given.pop("action")
+    if action == "merge":
+        merge(base_of(given["adapter"], given["model"]), given["adapter"], given["folder"])
+    elif action == "eval":
+        evaluate_command(given, given.pop("adapter"), given.pop("lengths"))
+    else:
+        run = open_run(given, Ranks())
+        signal.signal(signal.SIGTERM, run.ask_to_stop)
+        train(run)
 
 
-if __name__ == "__main__":
+def run_as_script(main: Callable[[], None]) -> None:
+    """Bad input and faults of the machine in one line, with exit status 1."""
     try:
         main()
-    except torch.OutOfMemoryError as e:
-        sys.exit(
-            f"out of device memory ({str(e)[:90]}): lower --batch (training) or --chunk (decoding), keep --checkpointing, or --shard over "
-            "several GPUs; the last checkpoint is whole, --resume goes on from it"
-        )
-    except (ValueError, OSError) as e:
-        sys.exit(f"llada_finetune: {e}")
+    except torch.OutOfMemoryError as error:
+        advice = "lower --batch (training) or --chunk (decoding), keep --checkpointing"
+        again = "the last checkpoint is whole, the same command goes on from it"
+        sys.exit(f"out of device memory ({str(error)[:90]}): {advice}; {again}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; --resume RUN goes on from the last checkpoint")
+        sys.exit("stopped; the same command goes on from the last checkpoint")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_as_script(main)

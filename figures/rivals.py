@@ -74,7 +74,7 @@ METHODS = [
     Method("c-DTM, closed loop", 7e-3, lab.LEARNED, closed=True),
     Method("c-DTM, c = 1", 7e-3, lab.C_1),
     Method("DMPO, u", 1e-3, objective="dmpo", rounds=16, baseline="none"),
-    Method("DMPO, u - v (as shipped)", 4e-4, objective="dmpo", baseline="neg"),
+    Method("DMPO, u - v (as shipped)", 8e-4, objective="dmpo", baseline="neg"),
     Method("TraFL", 2.5e-4, objective="trafl"),
     Method("ESPO", 5e-4, objective="espo"),
     Method("GDSD, ideal", 4e-3, objective="gdsd_ideal", rounds=16, rise=1.0, restart=True),

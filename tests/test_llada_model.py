@@ -1,450 +1,397 @@
-"""The model, its files and its adapters: against the public code's arrays (data/), a second derivation, and broken files."""
+"""LLaDA's forward pass, adapters and sampler against second derivations: a forward pass by hand in
+float64, and a sampler of plain loops."""
 
-import json
 import math
-import re
-import shutil
-from pathlib import Path
 
-import numpy as np
+import llada_helpers as tiny
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from llada_helpers import close, refused, same
 from torch import Generator
 
+import dtm
 import llada_finetune as llada
-from llada_finetune import CONFIG_8B, LLaDA, LoRA, generate, merge, plan, settings
+from llada_finetune import CONFIG_8B, LLaDA, LoRA, generate
 
-TINY = Path(__file__).parent / "data" / "tiny"
-R = {k: torch.from_numpy(v) for k, v in np.load(TINY.parent / "reference.npz").items()}
-MODEL, IDS, PADDED, SEEN = (
-    LLaDA.from_pretrained(TINY),
-    R["input_ids"],
-    R["pad_input_ids"],
-    R["pad_attention_mask"],
-)
-WHERE = torch.rand(IDS.shape, generator=Generator().manual_seed(0)) < 0.3
-SMALL = CONFIG_8B | dict(
-    d_model=48,
-    n_layers=3,
-    n_heads=3,
-    mlp_hidden_size=40,
-    vocab_size=50,
-    rope_theta=77.0,
-    rms_norm_eps=1e-3,
-)
-ALL = ["q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"]
-FILES, HEAD = (
-    [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)],
-    "model.transformer.ff_out.weight",
-)
-INDEX = "model.safetensors.index.json"
-
-close = lambda actual, expected, atol=5e-5: torch.testing.assert_close(
-    actual, expected, atol=atol, rtol=0
-)
-same = lambda a, b: (
-    a.keys() == b.keys()
-    and all(torch.equal(t, b[k]) and t.dtype == b[k].dtype for k, t in a.items())
-)
+OTHER = {"d_model": 48, "n_layers": 3, "n_heads": 3, "n_kv_heads": 3, "mlp_hidden_size": 40}
+OTHER |= {"vocab_size": 50, "embedding_size": 50, "rope_theta": 77.0, "rms_norm_eps": 1e-3}
+OTHER = tiny.CONFIG | OTHER | {"mask_token_id": 49, "eos_token_id": 1, "pad_token_id": 1}
+WHERE = torch.rand(3, 48, generator=Generator().manual_seed(0)) < 0.3
+PROMPT = tiny.random_ids(16, seed=11)
 
 
-def adapter(maps=ALL, seed=0, **given):
-    lora = LoRA(MODEL.config, list(maps), 4, 6.0, seed=seed, **given)
-    [
-        torch.nn.init.normal_(b.data, std=0.02, generator=Generator().manual_seed(100 * seed + i))
-        for i, b in enumerate(lora.B.values())
-    ]
-    return lora
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("tiny"), tiny.make_tensors())
 
 
-def tuned(**adapters):
-    """A fresh tiny model; one adapter is put on."""
-    model = LLaDA.from_pretrained(TINY)
-    model.adapters.update(adapters)
-    return model.use([*adapters, None][0])
+@pytest.fixture
+def model(folder):
+    return LLaDA.from_pretrained(folder)
 
 
-# ---- parity with the public code -----------------------------------------------------------------
-def test_logits_and_hidden_states():
-    inputs, model = [], tuned()
-    [
-        b.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        for b in model.model["transformer"]["blocks"]
-    ]
-    logits, hidden = model(IDS, hidden=True)
-    close(logits, R["logits"])
-    close(torch.stack([*inputs, hidden]), R["hidden_states"])
-    logits, hidden = MODEL(IDS, where=WHERE, hidden=True)
-    close(logits, R["logits"][WHERE])
-    close(hidden, R["hidden_states"][2][WHERE])
+# ---- the forward pass ----------------------------------------------------------------------------
+def by_hand(config: dict, tensors: dict, ids, seen=None):
+    """Logits (B, T, V), and (layers + 1, B, T, d): what enters each block, and the head.
+    Attention as sums over keys, positions as complex rotations."""
+    w = {}
+    for name, t in tensors.items():
+        w[name.removeprefix("model.transformer.").removesuffix(".weight")] = t.double()
+    heads = config["n_heads"]
+    half = config["d_model"] // heads // 2
+    seen = torch.ones_like(ids) if seen is None else seen
+    frequency = config["rope_theta"] ** (-torch.arange(half).double() / half)
+    angle = torch.arange(ids.shape[1]).double()[:, None, None] * frequency  # (T, 1, half)
+
+    def norm(x, gain):
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x / (mean_square + config["rms_norm_eps"]).sqrt() * w[gain]
+
+    def split(x, name):
+        return (x @ w[name].T).view(*ids.shape, heads, 2 * half)
+
+    def turned(u):
+        z = torch.complex(u[..., :half], u[..., half:]) * torch.exp(1j * angle)
+        return torch.cat([z.real, z.imag], -1)
+
+    x = w["wte"][ids]
+    stream = []
+    for i in range(config["n_layers"]):
+        stream.append(x)
+        b = f"blocks.{i}."
+        u = norm(x, b + "attn_norm")
+        q = turned(split(u, b + "q_proj"))
+        k = turned(split(u, b + "k_proj"))
+        score = torch.einsum("bqhd,bkhd->bhqk", q, k) / (2 * half) ** 0.5
+        weight = score.exp() * seen[:, None, None]
+        share = weight / weight.sum(-1, keepdim=True)
+        u = torch.einsum("bhqk,bkhd->bqhd", share, split(u, b + "v_proj"))
+        x = x + u.reshape(x.shape) @ w[b + "attn_out"].T
+        u = norm(x, b + "ff_norm")
+        gate = u @ w[b + "ff_proj"].T
+        swish = gate / (1 + torch.exp(-gate))
+        x = x + (swish * (u @ w[b + "up_proj"].T)) @ w[b + "ff_out"].T
+    x = norm(x, "ln_f")
+    return x @ w["ff_out"].T, torch.stack([*stream, x])
 
 
-def test_padding():
-    for mask in (SEEN, SEEN.bool(), SEEN.float()):
-        close(MODEL(PADDED, mask), R["pad_logits_masked"])
-    close(MODEL(PADDED), R["pad_logits_ignored"])
-    close(MODEL(IDS, torch.ones_like(IDS)), R["logits"])
-    ids, seen = llada.pad_left([row[-n:].tolist() for row, n in zip(IDS, (48, 43, 37))], 480)
-    close(MODEL(ids, seen)[2, 11:], MODEL(IDS[2:, -37:])[0])  # a padded row is the row
+def test_logits_and_the_stream_are_those_by_hand(model):
+    logits, stream = by_hand(tiny.CONFIG, model.state_dict(), tiny.IDS)
+    entered = []
+    for block in model.model["transformer"]["blocks"]:
+        block.register_forward_pre_hook(lambda _, given: entered.append(given[0]))
+    actual, hidden = model(tiny.IDS, hidden=True)
+    close(actual, logits)
+    close(torch.stack([*entered, hidden]), stream)
 
 
-def test_bfloat16():
-    logits = LLaDA.from_pretrained(TINY, dtype=torch.bfloat16)(IDS)
-    gap = (logits.float() - R["logits_bf16_as_f32"]).abs()
-    assert logits.dtype == torch.bfloat16 and gap.mean() <= 0.04 and gap.max() <= 0.4
-    x = (
-        3 * torch.randn(5, 64, generator=Generator().manual_seed(0))
-    ).bfloat16()  # what the gap is too wide to see
-    norm, wide, angle = (
-        llada.RMSNorm(64, 1e-5).bfloat16(),
-        x.double(),
-        torch.linspace(0, 4000, 5 * 32).view(5, 32),
-    )
+def test_norm_and_head_run_at_the_chosen_positions_only(model):
+    logits, stream = by_hand(tiny.CONFIG, model.state_dict(), tiny.IDS)
+    sizes = []
+    for name in ("ln_f", "ff_out"):
+        part = model.model["transformer"][name]
+        part.register_forward_pre_hook(lambda _, given: sizes.append(tuple(given[0].shape)))
+    actual, hidden = model(tiny.IDS, where=WHERE, hidden=True)
+    close(actual, logits[WHERE])
+    close(hidden, stream[-1][WHERE])
+    assert sizes == [(int(WHERE.sum()), 64)] * 2
+
+
+def test_another_size_and_a_table_of_angles_that_grows():
+    tensors = tiny.make_tensors(OTHER, seed=1)
+    model = LLaDA(OTHER).requires_grad_(False)
+    model.load_state_dict(tensors)
+    ids = tiny.IDS[:, :21] % 50
+    for length in (7, 21, 7):
+        close(model(ids[:, :length]), by_hand(OTHER, tensors, ids[:, :length])[0])
+    seen = torch.arange(21) >= torch.tensor([[0], [4], [9]])
+    close(model(ids, seen), by_hand(OTHER, tensors, ids, seen)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_masked_pads_are_not_seen(model, dtype):
+    ids, seen = tiny.padded(tiny.IDS)
+    logits, _ = by_hand(tiny.CONFIG, model.state_dict(), ids, seen)
+    close(model(ids, seen.to(dtype)), logits)
+
+
+def test_pads_without_a_mask_are_seen(model):
+    ids, _ = tiny.padded(tiny.IDS)
+    close(model(ids), by_hand(tiny.CONFIG, model.state_dict(), ids)[0])
+    close(model(tiny.IDS, torch.ones_like(tiny.IDS)), model(tiny.IDS))
+
+
+def test_a_padded_row_is_the_row(model):
+    rows = [row[n:].tolist() for row, n in zip(tiny.IDS, tiny.PADS, strict=True)]
+    ids, seen = llada.pad_left(rows, tiny.EOS)
+    logits = model(ids, seen)
+    for row, n in enumerate(tiny.PADS):
+        close(logits[row, n:], model(tiny.IDS[row : row + 1, n:])[0])
+
+
+# ---- bfloat16 ------------------------------------------------------------------------------------
+def test_bfloat16_logits_are_near_those_by_hand(folder):
+    """The logits' standard deviation is 3."""
+    model = LLaDA.from_pretrained(folder, dtype=torch.bfloat16)
+    logits = model(tiny.IDS)
+    gap = (logits - by_hand(tiny.CONFIG, model.state_dict(), tiny.IDS)[0]).abs()
+    assert logits.dtype == torch.bfloat16
+    assert gap.mean() <= 0.04 and gap.max() <= 0.4
+
+
+def wide_and_narrow():
+    """The same numbers in float64 and in bfloat16."""
+    x = 3 * torch.randn(5, 64, generator=Generator().manual_seed(0))
+    return x.bfloat16().double(), x.bfloat16()
+
+
+def test_the_norm_is_rounded_before_the_gain():
+    x, rounded = wide_and_narrow()
+    norm = llada.RMSNorm(64, 1e-5).bfloat16()
     norm.weight.data.copy_(torch.linspace(0.5, 1.7, 64))
-    assert torch.equal(
-        norm(x),
-        norm.weight * (wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()).bfloat16(),
-    )
-    z = torch.complex(wide[:, :32], wide[:, 32:]) * torch.exp(1j * angle.double())
-    assert (
-        llada.rotate(x, angle.cos(), angle.sin()) == torch.cat([z.real, z.imag], -1).bfloat16()
-    ).float().mean() > 0.99
+    normed = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert torch.equal(norm(rounded), norm.weight * normed.bfloat16())
+
+
+def test_the_rotation_is_rounded_at_its_end():
+    x, rounded = wide_and_narrow()
+    angle = torch.linspace(0, 4000, 5 * 32).view(5, 32)
+    z = torch.complex(x[:, :32], x[:, 32:]) * torch.exp(1j * angle.double())
+    expected = torch.cat([z.real, z.imag], -1).bfloat16()
+    actual = llada.rotate(rounded, angle.cos(), angle.sin())
+    assert (actual == expected).float().mean() > 0.99
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+def test_a_new_adapter_changes_nothing(folder, model):
+    logits = tiny.with_lora(folder, LoRA(tiny.CONFIG, tiny.MAPS, 4, 6.0))(tiny.IDS)
+    assert torch.equal(logits, model(tiny.IDS))
+
+
+def test_two_adapters_on_one_base(folder, model):
+    student = tiny.make_lora(seed=1)
+    teacher = tiny.make_lora(["q_proj"], seed=2).requires_grad_(False)
+    expected = {
+        "student": tiny.with_lora(folder, student)(tiny.IDS),
+        "teacher": tiny.with_lora(folder, teacher)(tiny.IDS),
+        None: model(tiny.IDS),
+    }
+    model.adapters.update({"student": student, "teacher": teacher})
+    for name in ("student", "teacher", None, "student"):
+        assert torch.equal(model.use(name)(tiny.IDS), expected[name])
+    for one, another in (("student", "teacher"), ("teacher", None), ("student", None)):
+        assert not torch.equal(expected[one], expected[another])
+
+
+def test_an_adapter_learns_and_nothing_else_changes(folder, model):
+    base = dict(model.named_parameters())
+    places = {name: p.data_ptr() for name, p in base.items()}
+    student = tiny.make_lora(seed=1)
+    teacher = tiny.make_lora(["q_proj"], seed=2).requires_grad_(False)
+    model.adapters.update({"student": student, "teacher": teacher})
+    model.use("student")(tiny.IDS).square().mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in student.parameters())
+    assert all(p.grad is None for p in [*base.values(), *teacher.parameters()])
+    later = tiny.make_lora(["q_proj"], seed=3)
+    teacher.load_state_dict(later.state_dict())
+    assert torch.equal(model.use("teacher")(tiny.IDS), tiny.with_lora(folder, later)(tiny.IDS))
+    assert {name: p.data_ptr() for name, p in base.items()} == places
+    assert same(base, tiny.make_tensors())
+
+
+def test_a_float32_adapter_on_a_bfloat16_model(folder):
+    model = LLaDA.from_pretrained(folder, dtype=torch.bfloat16)
+    model.adapters["own"] = tiny.make_lora()
+    logits = model.use("own")(tiny.IDS)
+    gap = (logits - tiny.with_lora(folder, tiny.make_lora())(tiny.IDS)).abs()
+    assert logits.dtype == torch.bfloat16 and gap.mean() < 0.05
 
 
 @pytest.mark.parametrize(
-    "prompt, seen, steps, out",
+    "message, maps, rank, dropout",
     [
-        ("gen_prompt", None, 16, "gen_out"),
-        ("gen_prompt", None, 12, "gen_out_steps12"),
-        ("genpad_prompt", None, 16, "genpad_out_ignored"),
-        ("genpad_prompt", "genpad_attention_mask", 16, "genpad_out_masked"),
+        pytest.param("o_proj", ["o_proj"], 4, 0.0, id="a map that LLaDA does not have"),
+        pytest.param("maps", [], 4, 0.0, id="no map"),
+        pytest.param("rank", ["q_proj"], 0, 0.0, id="rank"),
+        pytest.param("dropout", ["q_proj"], 4, 1.0, id="dropout"),
     ],
 )
-def test_generations_token_for_token(prompt, seen, steps, out):
-    for kind in (torch.bool, torch.int64) if seen else (None,):
-        assert torch.equal(
-            generate(MODEL, R[prompt], 32, 8, steps, attention_mask=seen and R[seen].to(kind)),
-            R[out],
-        )
+def test_an_adapter_that_cannot_be(message, maps, rank, dropout):
+    refused(message, LoRA, tiny.CONFIG, maps, rank, 6.0, dropout)
 
 
-def test_every_canvas_and_an_idle_mask_is_dropped():
+def test_an_unknown_adapter_cannot_be_put_on(model):
+    refused("adapter", model.use, "student")
+
+
+def gradients(folder, checkpointing, dropout, seed):
+    """An adapter's gradients, and how often the first block was computed."""
+    model = tiny.with_lora(folder, tiny.make_lora(dropout=dropout))
+    model.checkpointing = checkpointing
+    model.train()
     calls = []
-    spy = lambda ids, mask=None, where=None: calls.append((ids, mask)) or MODEL(ids, mask, where)
-    spy.config = MODEL.config
-    out = generate(spy, R["gen_prompt"], 32, 8, 16, attention_mask=torch.ones_like(R["gen_prompt"]))
-    assert torch.equal(torch.stack([ids for ids, _ in calls] + [out]), R["gen_states"]) and all(
-        mask is None for _, mask in calls
-    )
-
-
-# ---- a second derivation -------------------------------------------------------------------------
-def by_hand(config, tensors, ids, seen):
-    """Attention as sums over keys, positions as complex rotations, float64."""
-    t = {
-        k.removeprefix("model.transformer.").removesuffix(".weight"): v.double()
-        for k, v in tensors.items()
-    }
-    (B, T), H, half = ids.shape, config["n_heads"], config["d_model"] // config["n_heads"] // 2
-    turn = torch.exp(
-        1j
-        * torch.arange(T).double()[:, None]
-        * config["rope_theta"] ** (-torch.arange(half).double() / half)
-    )[:, None]
-    norm = lambda x, g: x / (x.pow(2).mean(-1, keepdim=True) + config["rms_norm_eps"]).sqrt() * t[g]
-    cut = lambda x, w: (x @ t[w].T).view(B, T, H, 2 * half)
-    turned = lambda u: torch.cat(
-        [*torch.view_as_real(torch.complex(u[..., :half], u[..., half:]) * turn).unbind(-1)], -1
-    )
-    x = t["wte"][ids]
-    for b in (f"blocks.{i}." for i in range(config["n_layers"])):
-        u = norm(x, b + "attn_norm")
-        score = torch.einsum(
-            "bqhd,bkhd->bhqk", turned(cut(u, b + "q_proj")), turned(cut(u, b + "k_proj"))
-        ) / math.sqrt(2 * half)
-        share = (
-            score.exp()
-            * seen[:, None, None]
-            / (score.exp() * seen[:, None, None]).sum(-1, keepdim=True)
-        )
-        x = (
-            x
-            + torch.einsum("bhqk,bkhd->bqhd", share, cut(u, b + "v_proj")).reshape(B, T, -1)
-            @ t[b + "attn_out"].T
-        )
-        u = norm(x, b + "ff_norm")
-        gate = u @ t[b + "ff_proj"].T
-        x = x + (gate / (1 + torch.exp(-gate)) * (u @ t[b + "up_proj"].T)) @ t[b + "ff_out"].T
-    return norm(x, "ln_f") @ t["ff_out"].T
-
-
-def test_the_forward_pass_at_another_size():
-    model, g = (
-        LLaDA(SMALL).init_weights(Generator().manual_seed(1)).requires_grad_(False),
-        Generator().manual_seed(0),
-    )
-    [
-        p.add_(torch.randn(p.shape, generator=g), alpha=0.3 * (p.dim() == 1))
-        for p in model.parameters()
-    ]
-    ids, seen = (
-        torch.randint(50, (3, 21), generator=g),
-        torch.arange(21) >= torch.tensor([[0], [4], [9]]),
-    )
-    for n in (7, 21, 7):  # the table of angles grows
-        close(
-            model(ids[:, :n]).double(),
-            by_hand(SMALL, model.state_dict(), ids[:, :n], torch.ones(3, n)),
-            1e-4,
-        )
-    close(model(ids, seen).double(), by_hand(SMALL, model.state_dict(), ids, seen), 1e-4)
-
-
-# ---- files ---------------------------------------------------------------------------------------
-def test_round_trips_bit_for_bit(tmp_path):
-    original = {k: t for file in FILES for k, t in load_file(TINY / file).items()}
-    assert same(MODEL.state_dict(), original) and not any(
-        p.requires_grad for p in MODEL.parameters()
-    )
-    tuned(student=adapter()).save_pretrained(tmp_path / "a", shards=3)
-    assert len([*(tmp_path / "a").glob("model-*-of-00003.safetensors")]) == 3 and not [
-        *tmp_path.rglob(".half*")
-    ]
-    again, index = (
-        LLaDA.from_pretrained(tmp_path / "a"),
-        json.loads((tmp_path / "a" / INDEX).read_text()),
-    )
-    assert same(again.state_dict(), original) and again.config == json.loads(
-        (TINY / "config.json").read_text()
-    )
-    assert (
-        index["metadata"]["total_size"] == 591104 and index["weight_map"].keys() == original.keys()
-    )
-    shutil.copytree(
-        TINY, tmp_path / "b", ignore=lambda *_: [*FILES, INDEX]
-    )  # one file without an index
-    save_file(
-        half := {k: t.bfloat16() for k, t in original.items()}, tmp_path / "b" / "model.safetensors"
-    )
-    assert same(LLaDA.from_pretrained(tmp_path / "b", dtype=torch.bfloat16).state_dict(), half)
-
-
-in_shard = lambda change: lambda f: save_file(change(load_file(f / FILES[1])), f / FILES[1])
-in_json = lambda name, change: (
-    lambda f: (f / name).write_text(json.dumps(change(json.loads((f / name).read_text()))))
-)
-in_map = lambda change: in_json(INDEX, lambda index: {"weight_map": change(index["weight_map"])})
-KEYS = dict(
-    alibi=True,
-    model_type="other",
-    architectures=["LLaDAMoEModelLM"],
-    n_kv_heads=2,
-    weight_tying=True,
-    d_model=None,
-    include_bias=True,
-    block_type=None,
-    embedding_size=640,
-    n_layers=2.5,
-    mlp_hidden_size="128",
-)
-BROKEN = {
-    f"config.json: {k} ": in_json("config.json", lambda c, k=k, v=v: {**c, k: v})
-    for k, v in KEYS.items()
-}
-BROKEN |= {
-    "config.json: d_model must be": in_json(
-        "config.json", lambda c: c | dict(n_heads=5, n_kv_heads=5)
-    ),
-    "config.json is no JSON object": lambda f: (f / "config.json").write_text(
-        '{"model_type": "llada", '
-    ),
-    "config.json is missing": lambda f: (f / "config.json").unlink(),
-    "index.json is missing": lambda f: (f / INDEX).unlink(),
-    "weight_map": lambda f: (f / INDEX).write_text("{}"),
-    "00002-of-00002.* is missing": lambda f: (f / FILES[1]).unlink(),
-    "00002-of-00002.* is torn": lambda f: (f / FILES[1]).write_bytes(
-        (f / FILES[1]).read_bytes()[:-9]
-    ),
-    "00001-of-00002.* is torn": lambda f: (f / FILES[0]).write_bytes(b"{}"),
-    r"ff_out.* is \(511, 64\).* \(512, 64\)": in_shard(lambda t: t | {HEAD: t[HEAD][1:].clone()}),
-    "00002-of-00002.* lacks model.transformer.ff_out": in_shard(lambda t: t.pop(HEAD) is None or t),
-    "1 tensors .*ln_f": in_map(lambda m: m.pop("model.transformer.ln_f.weight") and m),
-    "1 tensors .*extra": lambda f: [
-        in_shard(lambda t: t | {"extra": torch.ones(2)})(f),
-        in_map(lambda m: m | {"extra": FILES[1]})(f),
-    ],
-}
-
-
-@pytest.mark.parametrize("message", BROKEN)
-def test_a_broken_checkpoint_is_refused(message, tmp_path):
-    BROKEN[message](shutil.copytree(TINY, tmp_path / "tiny"))
-    with pytest.raises(ValueError, match=message) as error:
-        LLaDA.from_pretrained(tmp_path / "tiny")
-    assert "\n" not in str(error.value)
-
-
-def test_sources(tmp_path, monkeypatch):
-    asked, hub = [], "huggingface_hub.snapshot_download"
-    monkeypatch.setattr(hub, lambda name, **_: asked.append(name) or str(TINY))
-    assert same(
-        LLaDA.from_pretrained("some-one/LLaDA_8B.x").state_dict(), MODEL.state_dict()
-    ) and asked == ["some-one/LLaDA_8B.x"]
-    monkeypatch.setattr(
-        hub, lambda *_, **__: (_ for _ in ()).throw(ConnectionError("no route\nto host"))
-    )
-    for source, message in {
-        tmp_path / "none": "no folder",
-        "a/b/c": "no folder",
-        "some/one": "cannot get some/one .*--model",
-    }.items():
-        with pytest.raises(ValueError, match=message) as error:
-            LLaDA.from_pretrained(source)
-        assert "\n" not in str(error.value)
-
-
-# ---- LoRA ----------------------------------------------------------------------------------------
-@pytest.mark.parametrize("maps", [llada.PAPER, ["ff_out"], ALL])
-def test_an_adapters_files_follow_peft(tmp_path, maps):
-    lora, shapes = (
-        adapter(maps),
-        dict.fromkeys(ALL, (64, 64)) | dict(ff_proj=(64, 128), up_proj=(64, 128), ff_out=(128, 64)),
-    )
-    assert torch.equal(
-        tuned(x=LoRA(MODEL.config, maps, 4, 6.0))(IDS), MODEL(IDS)
-    )  # a fresh one changes nothing
-    lora.save(tmp_path, "some/base")
-    config, tensors = (
-        json.loads((tmp_path / "adapter_config.json").read_text()),
-        load_file(tmp_path / "adapter_model.safetensors"),
-    )
-    names = {f"model.transformer.blocks.{i}.{m}": shapes[m] for i in (0, 1) for m in maps}
-    assert {
-        n for n, _ in MODEL.named_modules() if re.fullmatch(config["target_modules"], n)
-    } == names.keys()  # as peft reads a string
-    want = {
-        f"base_model.model.{n}.lora_{x}.weight": s
-        for n, (i, o) in names.items()
-        for x, s in (("A", (4, i)), ("B", (o, 4)))
-    }
-    assert {k: tuple(t.shape) for k, t in tensors.items()} == want
-    assert (
-        config.items()
-        >= dict(
-            peft_type="LORA",
-            task_type="CAUSAL_LM",
-            r=4,
-            lora_alpha=6.0,
-            base_model_name_or_path="some/base",
-        ).items()
-    )
-    plain, logits, again = tuned(), tuned(x=lora)(IDS), LoRA.load(tmp_path, MODEL.config)
-    for n in names:  # what peft computes: W + alpha / r B A
-        a, b = (tensors[f"base_model.model.{n}.lora_{x}.weight"] for x in "AB")
-        plain.get_submodule(n).weight += 6.0 / 4 * b @ a
-    close(logits, plain(IDS))
-    assert (logits - MODEL(IDS)).abs().max() > 0.01
-    assert torch.equal(tuned(x=again)(IDS), logits) and same(again.state_dict(), lora.state_dict())
-    with pytest.raises(ValueError, match="does not fit"):
-        LoRA.load(tmp_path, SMALL)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge(tmp_path, dtype):
-    base, out = tmp_path / "base", tmp_path / "out"
-    shutil.copytree(TINY, base) if dtype == torch.float32 else LLaDA.from_pretrained(
-        TINY, dtype=dtype
-    ).save_pretrained(base, 3)
-    (base / "tokenizer.json").write_text("{}")
-    adapter().save(tmp_path / "adapter", "")
-    merge(base, tmp_path / "adapter", out)
-    assert {p.name for p in base.iterdir()} == {p.name for p in out.iterdir()} and len(
-        [*tmp_path.iterdir()]
-    ) == 3
-    assert all(p.read_bytes() == (out / p.name).read_bytes() for p in base.glob("*.json"))
-    for old, new in ((load_file(p), load_file(out / p.name)) for p in base.glob("*.safetensors")):
-        assert {k: t.dtype for k, t in new.items()} == dict.fromkeys(old, dtype)
-        assert {k for k in old if torch.equal(old[k], new[k])} == {
-            k for k in old if not re.search(r"_proj|attn_out|\d\.ff_out", k)
-        }
-    gap = (LLaDA.from_pretrained(out)(IDS) - tuned(x=adapter())(IDS)).abs()
-    assert gap.max() < 5e-5 if dtype == torch.float32 else gap.mean() < 0.05
-    with pytest.raises(ValueError, match="exists"):
-        merge(base, tmp_path / "adapter", out)
-
-
-def test_two_adapters_on_one_base():
-    model = tuned(
-        student=adapter(seed=1), teacher=adapter(["q_proj"], seed=2).requires_grad_(False)
-    )
-    base, logits = {k: p for k, p in model.named_parameters() if not k.startswith("adapters")}, {}
-    before = {k: p.data_ptr() for k, p in base.items()}
-    for name in ("student", "teacher", None, "student"):
-        want = MODEL if name is None else tuned(x=model.adapters[name])
-        assert torch.equal(logits.setdefault(name, model.use(name)(IDS)), want(IDS))
-    assert not torch.equal(logits["student"], logits["teacher"]) and not torch.equal(
-        logits["teacher"], logits[None]
-    )
-    model.use("student")(IDS).square().mean().backward()
-    assert all(
-        p.grad is not None and p.grad.abs().max() > 0
-        for p in model.adapters["student"].parameters()
-    )
-    assert all(p.grad is None for p in [*base.values(), *model.adapters["teacher"].parameters()])
-    model.adapters["teacher"].follow(dict(adapter(["q_proj"], seed=3).named_parameters()))
-    assert torch.equal(model.use("teacher")(IDS), tuned(x=adapter(["q_proj"], seed=3))(IDS))
-    assert {k: p.data_ptr() for k, p in base.items()} == before and same(base, MODEL.state_dict())
-    for message, bad in (
-        ("adapter", lambda: model.use("x")),
-        ("o_proj", lambda: adapter(["o_proj"])),
-        ("rank", lambda: adapter(dropout=1)),
-    ):
-        with pytest.raises(ValueError, match=message):
-            bad()
+    first = model.model["transformer"]["blocks"][0]
+    first.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(seed)
+    model(tiny.IDS, tiny.padded(tiny.IDS)[1], WHERE).square().mean().backward()
+    found = torch.cat([p.grad.flatten() for p in model.adapters["own"].parameters()])
+    return found, len(calls)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_gives_the_same_gradients(dropout):
-    def gradients(again, seed):
-        model, calls = tuned(x=adapter(dropout=dropout)), []
-        model.model["transformer"]["blocks"][0].register_forward_pre_hook(
-            lambda *_: calls.append(1)
-        )
-        model.checkpointing = again
-        model.adapters["x"].train()
-        torch.manual_seed(seed)
-        model(IDS, SEEN, WHERE).square().mean().backward()
-        assert len(calls) == 1 + again and torch.equal(
-            model.eval()(IDS), tuned(x=adapter())(IDS)
-        )  # dropout in training only
-        return torch.cat([p.grad.flatten() for p in model.adapters["x"].parameters()])
-
-    want = gradients(False, 3)
-    close(gradients(True, 3), want, 1e-6)
-    assert torch.allclose(gradients(True, 4), want, atol=1e-4) == (dropout == 0)
+def test_checkpointing_gives_the_same_gradients(folder, dropout):
+    expected, once = gradients(folder, False, dropout, seed=3)
+    actual, twice = gradients(folder, True, dropout, seed=3)
+    assert (once, twice) == (1, 2)
+    close(actual, expected, 1e-6)
+    others, _ = gradients(folder, True, dropout, seed=4)
+    assert torch.allclose(others, expected, atol=1e-4) == (dropout == 0)
 
 
-# ---- 8B ------------------------------------------------------------------------------------------
-def test_parameters_and_plan():
+def test_dropout_is_for_training_only(folder):
+    plain = tiny.with_lora(folder, tiny.make_lora())
+    dropping = tiny.with_lora(folder, tiny.make_lora(dropout=0.3))
+    assert not torch.equal(dropping.train()(tiny.IDS), plain(tiny.IDS))
+    assert torch.equal(dropping.eval()(tiny.IDS), plain(tiny.IDS))
+
+
+def test_the_8b_model_has_8_015_581_184_parameters():
     with torch.device("meta"):
-        sizes = {k: p.numel() for k, p in LLaDA(CONFIG_8B).named_parameters()}
-    assert (
-        len(sizes) == 291
-        and sum(sizes.values()) == 8_015_581_184 == sizes[HEAD] * 2 + 6_979_588_096
-    )
-    for task, rollouts, training in (("countdown", 347, 300), ("sudoku", 98, 170)):
-        got = plan(settings(task, checkpointing=False), CONFIG_8B, 8, 400.0)
-        eflop = {k: got["phases"] * v for k, v in got["eflop_per_phase"].items()}
-        assert (got["parameters"], got["trainable"], round(got["gb_per_gpu"]["base"], 2)) == (
-            8_015_581_184,
-            335_544_320,
-            16.03,
-        )
-        assert eflop["rollouts"] == pytest.approx(rollouts, rel=0.15) and eflop[
-            "training"
-        ] == pytest.approx(training, rel=0.15)
-        assert got["hours"] == pytest.approx(
-            sum(eflop.values()) * 1e18 / (8 * 400e12) / 3600, rel=0.02
-        )
-    assert plan(settings("sudoku", lora="paper"), CONFIG_8B, 8, 400.0)["trainable"] == 167_772_160
+        sizes = {name: p.numel() for name, p in LLaDA(CONFIG_8B).named_parameters()}
+    assert len(sizes) == 291
+    assert sum(sizes.values()) == 8_015_581_184 == 2 * sizes[tiny.HEAD] + 6_979_588_096
+
+
+def test_only_sizes_differ_from_the_8b_model():
+    differing = {key for key, value in CONFIG_8B.items() if tiny.CONFIG.get(key) != value}
+    sizes = {"d_model", "n_layers", "n_heads", "mlp_hidden_size", "vocab_size"}
+    assert differing == sizes | {"mask_token_id", "eos_token_id", "pad_token_id"}
+
+
+# ---- the sampler ---------------------------------------------------------------------------------
+def commit(row, logits, places, count):
+    """Fills the `count` masks that are most confident of their best token, in place. The smallest
+    difference, of logits or of log confidences, by which a choice was made."""
+    found = []
+    gaps = []
+    for t in places:
+        if row[t] == tiny.MASK:
+            best, second = logits[t].topk(2).values.tolist()
+            gaps.append(best - second)
+            found.append((float(logits[t].log_softmax(-1).max()), t, int(logits[t].argmax())))
+    found.sort(reverse=True)
+    if count < len(found):
+        gaps.append(found[count - 1][0] - found[count][0])
+    for _, t, token in found[:count]:
+        row[t] = token
+    return min(gaps)
+
+
+def sample_by_hand(tensors, prompt, seen, steps, length=32, block=8):
+    """The canvas before each step, and the last; temperature 0, by confidence. A block's 8 tokens
+    are spread over its steps, the first steps taking one more: 2, 2, 2, 2 or 3, 3, 2."""
+    seen = torch.cat([seen, torch.ones(len(prompt), length, dtype=torch.bool)], 1)
+    canvas = torch.cat([prompt, torch.full((len(prompt), length), tiny.MASK)], 1)
+    canvases = [canvas]
+    gaps = []
+    in_block = steps * block // length
+    for start in range(prompt.shape[1], canvas.shape[1], block):
+        for step in range(in_block):
+            logits, _ = by_hand(tiny.CONFIG, tensors, canvas, seen)
+            canvas = canvas.clone()
+            count = block // in_block + (step < block % in_block)
+            for row, row_logits in zip(canvas, logits, strict=True):
+                gaps.append(commit(row, row_logits, range(start, start + block), count))
+            canvases.append(canvas)
+    assert min(gaps) > 1e-4, "a choice so close that rounding may decide it"
+    return torch.stack(canvases)
+
+
+def recorded(model):
+    """The model as a function, and the canvases and masks that it is called with."""
+    calls = []
+
+    def spy(ids, attention_mask=None, where=None):
+        calls.append((ids, attention_mask))
+        return model(ids, attention_mask, where)
+
+    spy.config = model.config
+    return spy, calls
+
+
+@pytest.mark.parametrize(
+    "steps, pads, dtype",
+    [
+        pytest.param(16, False, None, id="16 steps"),
+        pytest.param(12, False, None, id="12 steps"),
+        pytest.param(32, False, None, id="a token a step"),
+        pytest.param(16, True, None, id="pads are seen"),
+        pytest.param(16, True, torch.bool, id="pads are masked"),
+        pytest.param(16, True, torch.int64, id="pads are masked by 0 and 1"),
+    ],
+)
+def test_every_canvas_of_a_generation(model, steps, pads, dtype):
+    prompt, seen = tiny.padded(PROMPT) if pads else (PROMPT, torch.ones(3, 16, dtype=torch.bool))
+    visible = seen if dtype else torch.ones_like(seen)
+    expected = sample_by_hand(model.state_dict(), prompt, visible, steps)
+    spy, calls = recorded(model)
+    mask = seen.to(dtype) if dtype else None
+    out = generate(spy, prompt, 32, 8, steps, attention_mask=mask)
+    assert torch.equal(torch.stack([ids for ids, _ in calls] + [out]), expected)
+
+
+def test_a_mask_that_hides_nothing_is_dropped(model):
+    spy, calls = recorded(model)
+    out = generate(spy, PROMPT, 32, 8, 16, attention_mask=torch.ones_like(PROMPT))
+    assert all(mask is None for _, mask in calls)
+    assert torch.equal(out, generate(model, PROMPT, 32, 8, 16))
+
+
+def test_a_mask_may_be_drawn_unless_it_is_banned(model):
+    """What draws the mask stays masked, as in the reference; rollouts ban it."""
+    tensors = model.state_dict()
+    tensors[tiny.HEAD][tiny.MASK] *= 2
+    expected = sample_by_hand(tensors, PROMPT, torch.ones(3, 16, dtype=torch.bool), 16)[-1]
+    assert 0 < (expected == tiny.MASK).sum() < expected.numel()
+    assert torch.equal(generate(model, PROMPT, 32, 8, 16), expected)
+    assert not (generate(model, PROMPT, 32, 8, 16, ban_mask=True) == tiny.MASK).any()
+
+
+def test_a_mask_in_the_prompt_stays(model):
+    prompt = PROMPT.clone()
+    prompt[:, 3] = tiny.MASK
+    assert torch.equal(generate(model, prompt, 32, 8, 16)[:, :16], prompt)
+
+
+def test_generate_is_sample_on_the_answer(model):
+    """With temperature, order and generator handed on."""
+
+    def answer(xt, where):
+        return model(*llada.canvas(PROMPT, None, xt, where))
+
+    how = {"order": "state", "block": 8, "temperature": 0.7, "steps": 4, "ban_mask": True}
+    noise = Generator().manual_seed(5)
+    *_, x1 = dtm.sample(answer, torch.full((3, 32), tiny.MASK), tiny.MASK, generator=noise, **how)
+    noise = Generator().manual_seed(5)
+    out = generate(model, PROMPT, 32, 8, 16, 0.7, None, noise, "state", True)
+    assert torch.equal(out, torch.cat([PROMPT, x1], 1))
+
+
+def test_answers_come_in_the_order_of_their_prompts(model):
+    prompts = [PROMPT[0, :n].tolist() for n in (9, 16, 3, 16, 4)]
+    cfg = llada.Config(gen_length=16, block=8, steps=8, chunk=2)
+    answers = llada.decode(model.train(), prompts, cfg, Generator())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = generate(model, torch.tensor([prompt]), 16, 8, 8)
+        assert torch.equal(answer, alone[0, len(prompt) :])
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_logits_that_are_not_finite_stop_it(model, number):
+    model.state_dict()[tiny.HEAD][7, 0] = number
+    refused("not finite", generate, model, PROMPT, 32, 8, 16)
+
+
+@pytest.mark.parametrize("length, steps", [(30, 16), (32, 15), (32, 2)])
+def test_lengths_that_do_not_fit(model, length, steps):
+    refused("must be a multiple of", generate, model, PROMPT, length, 8, steps)

@@ -55,32 +55,46 @@ def check_lab(words, module, monkeypatch, tmp_path):
 
 
 def check_llada(words, monkeypatch):
-    actions = ("train", "toy", "plot", "merge", "test_table")
-    for name in (*actions, "resumed", "start_run", "task_rows", "locate", "Ranks"):
+    """One of the actions would run now, with settings that are in order."""
+    actions = {"train": "open_run", "eval": "evaluate_command", "merge": "merge"}
+    for name in (*actions.values(), "train", "base_of", "Ranks"):
         monkeypatch.setattr(llada_finetune, name, MagicMock())
-    monkeypatch.setattr(llada_finetune, "Ranks", lambda: MagicMock(size=1))
     llada_finetune.main(words)
-    called = [name for name in actions if getattr(llada_finetune, name).called]
-    assert len(called) == 1 or "--plan" in words
+    called = [name for name in actions.values() if getattr(llada_finetune, name).called]
+    assert called == [actions[words[0] if words else "train"]]
+    for call in llada_finetune.open_run.call_args_list:
+        llada_finetune.make_config(**call.args[0])
+
+
+def check_llada_script(words, module, monkeypatch):
+    for name in ("Ranks", "open_run"):
+        monkeypatch.setattr(llada_finetune, name, MagicMock())
+    for name in ("run_toy", "collect", "plan", "bench", "tune"):
+        monkeypatch.setattr(module, name, start, raising=False)
+    with pytest.raises(Started):
+        module.main(words)
 
 
 @pytest.mark.parametrize("text", named_commands())
 def test_every_named_command_is_understood(text, monkeypatch, tmp_path):
     words = shlex.split(text.replace("SEED", "0"))
-    if words[:3] == ["python", "-m", "pytest"]:
-        assert words[3:] == ["-q", "tests"]  # what runs this
-    elif words[1] == "dtm.py":
-        assert words == ["python", "dtm.py"]  # run below
-    elif words[:3] == ["python", "-m", "figures.toy_llada"]:
-        assert command(*words[1:], "--out", ROOT / "figures").returncode == 0
-    elif words[:3] in [["python", "-m", f"figures.{name}"] for name in ("maze_gif", "antibody")]:
-        assert words[3:] == []  # run at small size in test_figures, test_antibody
-    elif words[1] == "-m":
-        check_lab(words[3:], importlib.import_module(words[2]), monkeypatch, tmp_path)
-    elif words[1] == "maze_lab.py":
-        check_lab(words[2:], lab, monkeypatch, tmp_path)
+    words = [word for word in words if word != "torchrun" and "nproc_per_node" not in word]
+    words = words[1:] if words[0] == "python" else words
+    script = words[1] if words[0] == "-m" else words[0]
+    if script == "pytest":
+        assert words[2:] == ["-q", "tests"]  # what runs this
+    elif script == "dtm.py":
+        assert words == ["dtm.py"]  # run below
+    elif script in ("figures.maze_gif", "figures.antibody"):
+        assert words[2:] == []  # run at small size in test_figures, test_antibody
+    elif script == "llada_finetune.py":
+        check_llada(words[1:], monkeypatch)
+    elif "llada" in script:
+        check_llada_script(words[2:], importlib.import_module(script), monkeypatch)
+    elif script == "maze_lab.py":
+        check_lab(words[1:], lab, monkeypatch, tmp_path)
     else:
-        check_llada(words[words.index("llada_finetune.py") + 1 :], monkeypatch)
+        check_lab(words[2:], importlib.import_module(script), monkeypatch, tmp_path)
 
 
 def test_there_are_commands_to_check():
@@ -132,15 +146,26 @@ def test_D3_the_loss_that_readme_prints_is_the_function():
 def test_dtm_in_fifteen_lines_tilts_a_model():
     names = {}
     for block in code_blocks("python"):
-        if "def tilt(" in block or "def reward(" in block:
+        if "def tilt(" in block:
             exec(block, names)  # our own README, not anybody's input
     V, L = 3, 2
     model = dtm.Table(torch.zeros((V + 1) ** L, L, V))
     rho_0 = dtm.exact_marginal(model, V, L).detach()
-    target = dtm.exact_tilt(rho_0, names["reward"](dtm.all_sequences(V, L)), 3.0)
-    names["tilt"](model, names["reward"], V, L, a_end=3.0, steps=60, lr=0.03)
+    reward = eval(re.search(r"`(lambda x1: .*?)`", README)[1])  # likewise
+    target = dtm.exact_tilt(rho_0, reward(dtm.all_sequences(V, L)), 3.0)
+    names["tilt"](model, reward, V, L, a_end=3.0, steps=60, lr=0.03)
     after = dtm.exact_marginal(model, V, L).detach()
     assert lab.kl(target, after) < 0.1 * lab.kl(target, rho_0)
+
+
+def test_a_task_in_one_class_earns_its_reward(monkeypatch):
+    monkeypatch.setattr(llada_finetune, "TASKS", dict(llada_finetune.TASKS))
+    block = next(block for block in code_blocks("python") if "(Task)" in block)
+    exec(block, vars(llada_finetune).copy())
+    added = llada_finetune.Task.__subclasses__()[-1]()
+    row = {"question": "Say no."}
+    assert added.prompt(row) == "Say no."
+    assert (added.reward("NO", row), added.reward("No", row)) == (1.0, 0.5)
 
 
 def variance_by_loops(rho, w, c):

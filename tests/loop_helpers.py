@@ -1,0 +1,130 @@
+"""What the tests of LLaDA's loop share: a tiny base, a small task, runs that die, what they left.
+As a script it is llada_finetune.py with that task; SIGKILL comes in the middle of step DIES_AT."""
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator
+
+import llada_finetune as llada
+from figures import toy_llada
+from llada_finetune import TASKS, Ranks
+
+near = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-3)
+torch.set_num_threads(1)
+SIZE = toy_llada.SIZE | {"d_model": 32, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 48}
+
+
+class Uneven(llada.Task):
+    """Prompts of several lengths; rewarded are an answer's characters that stand in its prompt."""
+
+    top = 2.0
+    generated = True
+    columns = {"letters": ("letters",)}
+    preset = dict(h=4, a_end=8, steps_per_h=4, prompts=16, refresh=0, refresh_steps=0, chunk=5)
+    preset |= dict(gen_length=16, block=8, steps=8, temperature=1, batch=4, accum=2, lr=0.01)
+    preset |= dict(rank=4, alpha=8, dropout=0, checkpointing=False, save_every=3, eval_rows=4)
+
+    def rows(self, split: str) -> list[dict]:
+        draw = random.Random(split)
+        lengths = draw.choices(range(3, 10), k={"train": 80, "valid": 8, "test": 7}[split])
+        return [{"letters": "".join(draw.choices("0123456789+-*/", k=k))} for k in lengths]
+
+    def prompt(self, row: dict) -> str:
+        return row["letters"]
+
+    def cells(self, text: str, row: dict) -> tuple[int, int]:
+        return sum(character in row["letters"] for character in text), len(text)
+
+    def reward(self, text: str, row: dict) -> float:
+        return (self.cells(text, row)[0] - 1) / 7.5
+
+    def correct(self, text: str, row: dict) -> bool:
+        return self.cells(text, row)[0] >= 4
+
+
+TASKS.pop("uneven")  # known in `small_base` alone: other tests look at every task
+
+
+def small_base(folder: Path):
+    """A base whose answers differ from prompt to prompt. Bit for bit means on the CPU."""
+    toy_llada.save_tokenizer(folder, SIZE)
+    model = toy_llada.init_weights(llada.LLaDA(SIZE), Generator().manual_seed(0))
+    for p in model.requires_grad_(False).parameters():
+        p.mul_(2)
+    model.save_pretrained(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "uneven", Uneven())
+        patch.setattr(torch.cuda, "is_available", bool)
+        handler = signal.getsignal(signal.SIGTERM)
+        yield folder
+        signal.signal(signal.SIGTERM, handler)
+
+
+def given(base: Path, out: Path, **more) -> dict:
+    return {"task": "uneven", "model": str(base), "out": str(out)} | more
+
+
+def tuned(base: Path, out: Path, ranks: Ranks | None = None, **more) -> llada.Run:
+    """A run whose two adapters are not zero."""
+    cfg = llada.make_config(**given(base, out, **more))
+    run = llada.Run(cfg, ranks or Ranks(), TASKS["uneven"].rows("train"), [])
+    for i, p in enumerate([*run.student.parameters(), *run.teacher.parameters()]):
+        torch.nn.init.normal_(p.data, std=0.1, generator=Generator().manual_seed(i))
+    return run
+
+
+def alone(run: llada.Run, row: dict, **how) -> tuple[list[int], str]:
+    """The teacher's answer at temperature 0, without batch and padding."""
+    ids = torch.tensor([run.text.prompt(row["letters"])])
+    out = llada.generate(run.model.use("teacher"), ids, 16, 8, 8, **how)[0].tolist()
+    return out[-16:], run.text.answer(out[-16:])
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(x, parse_constant=pytest.fail) for x in path.read_text().splitlines()]
+
+
+def records(out: Path) -> list[dict]:
+    return [record | {"seconds": 0} for record in read_lines(out / "metrics.jsonl")]
+
+
+def steady(x1, mask_id, block, generator=None):
+    """`mask_blockwise` by a row's tokens instead of chance; later blocks are hidden too."""
+    k = x1.sum(1, keepdim=True) % x1.shape[1]
+    place = torch.arange(x1.shape[1])
+    active = x1.shape[1] // block - 1 - k // block
+    mask = (place // block == active) & (place % block <= k % block)
+    return torch.where(mask | (place // block > active), mask_id, x1), mask
+
+
+def in_step(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
+    """Sends this process a signal in step `step`: AdamW has moved, nothing is recorded."""
+    log_step = llada.Run.log_step
+
+    def send_and_log(run, *terms, **more):
+        if run.state.total == step:
+            os.kill(os.getpid(), number)
+        log_step(run, *terms, **more)
+
+    patch.setattr(llada.Run, "log_step", send_and_log)
+
+
+def child(*words: object, **more: str) -> subprocess.CompletedProcess:
+    more |= {"PYTHONPATH": str(Path(llada.__file__).parent), "CUDA_VISIBLE_DEVICES": ""}
+    words = [sys.executable, *[str(word) for word in words]]
+    return subprocess.run(words, env=os.environ | more, capture_output=True, text=True, timeout=300)
+
+
+if __name__ == "__main__":
+    TASKS["uneven"] = Uneven()
+    in_step(pytest.MonkeyPatch(), int(os.environ.get("DIES_AT", 0)), signal.SIGKILL)
+    llada.run_as_script(llada.main)
