@@ -10,12 +10,13 @@ The same `train` command starts a run and goes on with it. On several nodes add 
 LLaDA made there: python -m figures.toy_llada. GB and hours beforehand: python -m figures.llada_cost
 
 CONTENTS   1 settings   2 the loop   3 the buffer   4 the control variate   5 a run, its checkpoints
-6 scores   7 the model   8 adapters   9 text   10 tasks   11 processes and files   12 command line
+6 scores   7 the model   8 adapters   9 text   10 processes and files   11 command line
+A task (rows, prompt, reward) is one class, see `figures/tasks.py`; write yours there or below.
 
 FOUR FACTS ABOUT LLADA: attention sees both sides, and logits at position t predict token t. Padding
-is EOS on the left; masks are honoured here, where the release attends to the pads. "o_proj",
+is EOS on the left; attention masks are honoured, where the release attends to pads. "o_proj",
 "gate_proj" and "down_proj" name nothing in it, so released code adapts four maps of seven (`--lora
-paper`). The mask is an ordinary id that sampling can draw: rollouts ban it.
+paper`). MASK is an ordinary id that sampling can draw: rollouts ban it.
 RANDOMNESS: a generator per rank (seed + rank) draws masks and tokens; torch's own, seeded likewise,
 the adapter's dropout. DEVICE AND DTYPE: see `Ranks`. FILES are safetensors, JSON and JSONL, written
 beside their name and renamed. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
@@ -23,7 +24,6 @@ beside their name and renamed. Symbols and equations (D1), (D2), ... are those o
 
 import argparse
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
@@ -38,6 +38,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -51,7 +52,10 @@ from tqdm import tqdm
 
 import dtm
 from dtm import c_dtm_loss, check, mask_blockwise, row_mean, tilt_weight
-from figures.answers import arithmetic, extract, final_answer, last_box, same
+from figures.tasks import TASKS, Task, cut, read_rows
+
+Device = torch.device | str
+Padded = tuple[Tensor, Tensor | None]  # ids of prompts, and where they are not padding
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
@@ -69,8 +73,8 @@ class Config:
     model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint folder or hub id")
     out: str = option("", "folder of the run (runs/TASK-SEED), or of the scores (ADAPTER-eval)")
     seed: int = option(42, "rank k uses seed + k")
-    data: str = option("", "training rows, FILE.jsonl or FILE.csv; empty: the task's own")
-    test_data: str = option("", "test rows, likewise")
+    data: str = option("", "FILE.jsonl or .csv of training and (a tenth) validation rows")
+    test_data: str = option("", "FILE.jsonl or .csv of test rows; empty: the task's own")
     # the tilt
     h: float = option(5.0, "tilt increment of a phase; with --ess the largest one")
     a_end: float = option(100.0, "tilt A at which the run ends")
@@ -89,13 +93,13 @@ class Config:
     block: int = option(32, "tokens of a block, in decoding and in masking")
     steps: int = option(128, "network evaluations of an answer of --gen_length")
     temperature: float = option(0.0, "of rollouts")
-    order: str = option("confidence", "of rollouts; state (by certainty) and random keep the law")
+    order: str = option("confidence", "of rollouts; random and state, by certainty, keep the law")
     prompt_length: int = option(1132, "longest prompt, tokens; longer ones are skipped, counted")
     # the optimiser
     batch: int = option(4, "answers in a forward pass")
     accum: int = option(16, "forward passes of an optimiser step")
-    lr: float = option(3e-6, "learning rate, reached after 5 %% of a phase")
-    lr_min: float = option(1e-6, "learning rate after its fall over the last 10 %% of a phase")
+    lr: float = option(3e-6, "learning rate, reached after 5 % of a phase")
+    lr_min: float = option(1e-6, "learning rate after its fall over the last 10 % of a phase")
     weight_decay: float = option(0.1, "AdamW's; its betas are .9 and .99")
     clip: float = option(1.0, "largest gradient norm")
     ema: float = option(0.0, "decay a step of the student's average, the next teacher; 0: off")
@@ -110,11 +114,6 @@ class Config:
     eval_rows: int = option(128, "validation rows decoded after a phase, to choose RUN/best")
 
 
-# The release's for Countdown; for mathematics ours, with room for longer prompts, larger rewards.
-COUNTDOWN = dict(h=6.0, steps_per_h=1200, prompts=40, completions=6, refresh=10, refresh_steps=25)
-COUNTDOWN |= dict(chunk=30, temperature=1.0, prompt_length=172, batch=12, accum=8)
-COUNTDOWN |= dict(lr=4e-6, lr_min=2e-6, clip=2.0, ema=0.95)
-MATHS = COUNTDOWN | dict(h=2.0, a_end=30.0, steps_per_h=300, prompt_length=700, batch=6, accum=16)
 CHOICES = {
     "normalize": ("none", "batch", "group"),
     "order": ("confidence", "state", "random"),
@@ -122,6 +121,8 @@ CHOICES = {
 }
 MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "temperature", "lr_min"}
 MAY_BE_ZERO |= {"weight_decay", "ema", "dropout", "eval_rows"}
+# In a run that goes on: no mathematics, or (model, data) files whose content is compared.
+MAY_CHANGE = {"out", "model", "data", "chunk", "checkpointing", "save_every"}
 
 
 def make_config(**given) -> Config:
@@ -154,11 +155,10 @@ def check_settings(cfg: Config) -> None:
     too_few = f"a step draws batch x accum = {drawn} different answers, the buffer holds prompts x"
     check(drawn <= held, f"{too_few} completions = {held}; lower --batch or --accum")
     check(cfg.refresh <= cfg.prompts, f"--refresh {cfg.refresh} exceeds --prompts {cfg.prompts}")
+    alone = cfg.normalize == "group" and cfg.completions == 1
+    check(not alone, "--normalize group divides a prompt's only weight by itself: --completions 2")
     off = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
     check(off, "--refresh and --refresh_steps are both 0, or neither")
-    same = Path(cfg.data).is_file() and Path(cfg.test_data).is_file()
-    same = same and Path(cfg.data).read_bytes() == Path(cfg.test_data).read_bytes()
-    check(not same, "--data and --test_data hold the same rows")
     if cfg.normalize == "none" and not cfg.ess:  # what overflows is said before the first rollout
         tilt_weight(torch.tensor([TASKS[cfg.task].top]), cfg.h)
 
@@ -178,8 +178,10 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     checkpoint."""
     cfg, state, buffer = run.cfg, run.state, run.buffer
     student = parallel(run.model, run.ranks)
+    signal.signal(signal.SIGTERM, run.ask_to_stop)
     if state.total == 0:
         score_phase(run, watch)
+    run.keep_best()
     while cfg.a_end - state.a > 1e-9 * cfg.a_end:
         if state.step == 0:  # a new phase: rollouts of its teacher, then its h
             buffer.data = {}
@@ -202,8 +204,6 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
         run.save()
         run.leave_if_stopped()
     if not run.valid:
-        if run.ranks.rank == 0:
-            run.teacher.save(run.out / "best", cfg.model, run.inputs["base"])
         run.say("no validation rows: RUN/best is the last phase")
 
 
@@ -239,7 +239,8 @@ def optimiser_step(run: "Run", student: nn.Module) -> None:
     norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
     finite = math.isfinite(norm) and bool(terms.isfinite().all())
     where = f"the loss is not finite at step {state.total + 1}, rank {ranks.rank}"
-    check(finite, f"{where}; the last checkpoint is whole. Lower --lr or --h, or --normalize batch")
+    advice = "start another --out with a lower --lr or --h, or with --normalize batch"
+    check(finite, f"{where}; the last checkpoint is whole. If it comes again, {advice}")
     rate = learning_rate(cfg, state.step)
     run.adam.param_groups[0]["lr"] = rate
     run.adam.step()
@@ -280,9 +281,11 @@ def loss_terms(run: "Run", student: nn.Module, part: list[int], w: Tensor) -> tu
 
 
 def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
-    """Validation rows choose RUN/best."""
+    """Validation rows choose RUN/best; without any it is the last phase."""
     state = run.state
-    if run.valid:
+    if not run.valid:
+        state.best_phase = state.phase
+    else:
         scores = evaluate(run, run.valid, run.cfg.gen_length)
         if scores:  # on rank 0
             run.log(kind="eval", split="valid", phase=state.phase, a=state.a, **scores)
@@ -290,7 +293,6 @@ def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
             if scores["solved"] > state.best:
                 state.best = scores["solved"]
                 state.best_phase = state.phase
-                run.teacher.save(run.out / "best", run.cfg.model, run.inputs["base"])
     if watch:
         watch(run)
     run.lap("eval")
@@ -321,26 +323,24 @@ class Buffer:
             self.known[row] = self.text.prompt(task.prompt(self.rows[row]))
         return self.known[row]
 
-    def prompts(self, rows: list[int]) -> tuple[Tensor, Tensor | None]:
+    def prompts(self, rows: list[int]) -> Padded:
         pad_id = self.model.config["pad_token_id"]
         return pad_left([self.prompt(row) for row in rows], pad_id, self.ranks.device)
 
     def next_rows(self, count: int) -> list[int]:
         """This rank's next prompts; those that are too long are skipped and counted, never cut."""
         rows = []
-        missed = 0
+        start = self.cursor
         longest = self.cfg.prompt_length
+        hopeless = f"every prompt is longer than --prompt_length {longest} tokens; raise it"
         while len(rows) < count:
+            check(bool(rows) or self.cursor < start + len(self.own), hopeless)
             row = self.own[self.cursor % len(self.own)]
             self.cursor += 1
             if len(self.prompt(row)) <= longest:
                 rows.append(row)
-                missed = 0
             else:
                 self.skipped += 1
-                missed += 1
-            hopeless = f"every prompt is longer than --prompt_length {longest} tokens; raise it"
-            check(missed < len(self.own), hopeless)
         return rows
 
     def fill(self, count: int) -> None:
@@ -353,16 +353,15 @@ class Buffer:
 
     def answered(self, rows: list[int]) -> dict[str, Tensor]:
         """The teacher's answers to these prompts; negative rewards count 0, as in the release."""
-        task = TASKS[self.cfg.task]
+        task: Task = TASKS[self.cfg.task]
         prompts = [self.prompt(row) for row in rows]
-        x1 = decode(self.model.use("teacher"), prompts, self.cfg, self.generator, ban_mask=True)
-        r, solved = [], []
+        model, quiet = self.model.use("teacher"), self.ranks.rank > 0
+        x1 = decode(model, prompts, self.cfg, self.generator, quiet, ban_mask=True)
+        grades = []
         for row, answer in zip(rows, x1.tolist(), strict=True):
-            text = self.text.answer(answer)
-            r.append(max(0.0, task.reward(text, self.rows[row])))
-            solved.append(float(task.correct(text, self.rows[row])))
-        r, solved = torch.tensor([r, solved]).double()
-        return {"row": torch.tensor(rows), "x1": x1, "r": r, "solved": solved}
+            grades.append(task.grade(self.text.answer(answer), self.rows[row]))
+        r, solved = torch.tensor(grades).double().T.contiguous()
+        return {"row": torch.tensor(rows), "x1": x1, "r": r.clamp_min(0), "solved": solved}
 
     def weights(self, h: float) -> Tensor:
         """w (N,) = e^{h r} (D1), over its mean if asked for."""
@@ -493,10 +492,8 @@ class Run:
         self.adam = torch.optim.AdamW(
             self.student.parameters(), cfg.lr, (0.9, 0.99), 1e-8, cfg.weight_decay
         )
-        self.average = {}
-        if cfg.ema:
-            for name, p in self.student.named_parameters():
-                self.average[name] = p.detach().clone()
+        weights = self.student.state_dict() if cfg.ema else {}
+        self.average = {name: t.clone() for name, t in weights.items()}
         self.control = ControlVariate(cfg.c, self.model.config["d_model"], self.ranks.device)
 
     def end_phase(self) -> None:
@@ -583,13 +580,20 @@ class Run:
         if self.ranks.rank == 0:
             files = [path for path in sorted(half.rglob("[!.]*")) if path.is_file()]
             sums = {str(path.relative_to(half)): file_digest(path) for path in files}
+            all_here = len([*half.glob("rank*")]) == self.ranks.size
+            check(all_here, f"{half} lacks a rank's file: all nodes must share the folder --out")
             write(half / MANIFEST, sums)
             shutil.rmtree(self.out / name, ignore_errors=True)
             half.replace(self.out / name)
-            whole = [path for path in checkpoints(self.out) if (path / MANIFEST).is_file()]
-            for old in whole[:-2]:
+            for old in checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
+            self.keep_best()
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
+
+    def keep_best(self) -> None:
+        """RUN/best, written after the checkpoint that knows its score."""
+        if self.ranks.rank == 0 and self.state.best_phase == self.state.phase:
+            self.teacher.save(self.out / "best", self.cfg.model, self.inputs["base"])
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
@@ -628,11 +632,8 @@ MANIFEST = "manifest.json"  # a checkpoint's files and their SHA-256
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    found = {}
-    for name, t in tensors.items():
-        if name.startswith(prefix):
-            found[name.removeprefix(prefix)] = t
-    return found
+    names = [name for name in tensors if name.startswith(prefix)]
+    return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -656,24 +657,21 @@ def damaged_file(folder: Path) -> str:
 
 def last_checkpoint(run: Run) -> Path | None:
     """The last whole checkpoint; damaged ones are named and set aside. None before the first."""
-    found = checkpoints(run.out)
-    run.ranks.wait()  # all have looked before one renames
-    if not found:
-        return None
-    whole = -1
+    last = -1
     if run.ranks.rank == 0:  # the others follow its choice
-        for i, folder in reversed([*enumerate(found)]):
+        for folder in reversed(checkpoints(run.out)):
             damaged = damaged_file(folder)
             if not damaged:
-                whole = i
+                last = int(folder.name.removeprefix("step-"))
                 break
             aside = folder.with_name(f"{folder.name}.damaged")
             run.say(f"{folder / damaged} is damaged; renamed to {aside.name}, going on before it")
             shutil.rmtree(aside, ignore_errors=True)
             folder.replace(aside)
-    whole = int(run.ranks.gather(torch.tensor([whole], device=run.ranks.device))[0])
-    check(whole >= 0, f"every checkpoint of {run.out} is damaged; start anew with another --out")
-    return found[whole]
+        lost = last < 0 and any(run.out.glob("step-*.damaged"))
+        check(not lost, f"every checkpoint of {run.out} is damaged; start anew with another --out")
+    last = int(run.ranks.gather(torch.tensor([last], device=run.ranks.device))[0])
+    return run.out / f"step-{last:07}" if last >= 0 else None
 
 
 def read_log(out: Path) -> list[dict]:
@@ -704,6 +702,8 @@ def open_run(given: dict, ranks: "Ranks") -> Run:
             changed = f"{file.parent}: the content of {what} has changed since the run began"
             same_content = saved["inputs"][key] == run.inputs[key]
             check(same_content, f"{changed}; restore it, or start another run with --out FOLDER")
+        for half in file.parent.glob(".half-step-*"):  # of a save that was killed
+            shutil.rmtree(half)
     last = last_checkpoint(run)
     if last:
         run.load(last)
@@ -714,17 +714,17 @@ def open_run(given: dict, ranks: "Ranks") -> Run:
 
 
 def saved_config(saved: dict, given: dict, file: Path) -> Config:
-    """The settings of a run that goes on; those given must be the same."""
+    """The settings of a run that goes on; those given must be the same, but for MAY_CHANGE."""
     names = {f.name for f in fields(Config)}
     check(names | {"inputs"} == saved.keys(), f"{file} is of another version; use another --out")
     changed = []
     for name, value in given.items():
-        if name != "out" and saved[name] != value:
+        if name not in MAY_CHANGE and saved[name] != value:
             changed.append(f"{name} (was {saved[name]!r}, now {value!r})")
     hint = f"leave out {', '.join(changed)}, or start another run with --out FOLDER"
     check(not changed, f"{file.parent} holds a run, which keeps its settings: {hint}")
-    settings = {name: saved[name] for name in names} | {"out": str(file.parent)}
-    return Config(**settings)
+    settings = {name: given.get(name, saved[name]) for name in names}
+    return make_config(**settings | {"out": str(file.parent)})
 
 
 def task_rows(cfg: Config, split: str) -> list[dict]:
@@ -736,38 +736,32 @@ def task_rows(cfg: Config, split: str) -> list[dict]:
 
 
 def parallel(model: "LLaDA", ranks: "Ranks") -> nn.Module:
-    """DDP on the student's adapter; the frozen rest is alike everywhere."""
-    if ranks.size == 1:
-        return model
-    DDP = nn.parallel.DistributedDataParallel
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    DDP._set_params_and_buffers_to_ignore_for_model(model, frozen)
-    return DDP(model)
+    """DDP on the student's adapter, as all else is frozen."""
+    return nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
 
 
 # ---- 6. Scores ----------------------------------------------------------------------------------
-def evaluate(
-    run: Run, rows: list[dict], gen_length: int, path: Path | None = None, temperature: float = 0.0
-) -> dict | None:
-    """Decodes every row with the teacher's adapter, by confidence, at the rollouts' tokens a step.
-    Scores with standard errors on rank 0, None elsewhere; `path` receives the answers as JSONL."""
+def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = None) -> dict | None:
+    """Decodes every row with the teacher's adapter at temperature 0, by confidence, with as many
+    tokens a step as rollouts. Scores with standard errors on rank 0; `path` receives the answers.
+    """
     cfg, ranks, task = run.cfg, run.ranks, TASKS[run.cfg.task]
     steps = max(gen_length // cfg.block, gen_length * cfg.steps // cfg.gen_length)
-    how = {"gen_length": gen_length, "steps": steps, "temperature": temperature}
-    cfg = replace(cfg, order="confidence", **how)
+    cfg = replace(cfg, order="confidence", gen_length=gen_length, steps=steps, temperature=0.0)
     # Every rank decodes as many; the repeats at the end count once.
     most = -(-len(rows) // ranks.size) * ranks.size
     prompts = [run.text.prompt(task.prompt(row)) for row in rows]
     own = [prompts[i % len(rows)] for i in range(ranks.rank, most, ranks.size)]
     noise = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
-    ids = decode(run.model.use("teacher"), own, cfg, noise, quiet=ranks.rank > 0)
+    ids = decode(run.model.use("teacher"), own, cfg, noise, ranks.rank > 0)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)]
     if ranks.rank > 0:
         return None
     graded = []
     for answer, row in zip(ids.tolist(), rows, strict=True):
         text = run.text.answer(answer)
-        scores = {"solved": float(task.correct(text, row)), "reward": task.reward(text, row)}
+        reward, solved = task.grade(text, row)
+        scores = {"solved": solved, "reward": reward}
         if task.cells:
             scores["cells"] = task.cells(text, row)
         graded.append({"row": row, "text": text} | scores)
@@ -809,15 +803,10 @@ MAY_BE_MISSING = json.loads("""{"architectures": ["LLaDAModelLM"], "alibi": fals
     "include_qkv_bias": false, "block_group_size": 1, "layer_norm_with_affine": true,
     "multi_query_attention": null, "rope_scaling": null, "quantization_config": null}""")
 CONFIG_8B = SIZES | FIXED | MAY_BE_MISSING
-MAPS = {  # a block's linear maps: (outputs, inputs), d or m(lp_hidden_size)
-    "q_proj": "dd",
-    "k_proj": "dd",
-    "v_proj": "dd",
-    "attn_out": "dd",
-    "ff_proj": "md",  # Llama's gate
-    "up_proj": "md",
-    "ff_out": "dm",  # Llama's down; the head has this name too
-}
+# A block's linear maps: outputs and inputs, d or m(lp_hidden_size). Llama calls ff_proj gate and
+# ff_out down; the head is called ff_out, too.
+MAPS = {"q_proj": "dd", "k_proj": "dd", "v_proj": "dd", "attn_out": "dd"}
+MAPS |= {"ff_proj": "md", "up_proj": "md", "ff_out": "dm"}
 ADAPTED = {"all": [*MAPS], "paper": ["q_proj", "k_proj", "v_proj", "up_proj"]}
 
 
@@ -956,12 +945,7 @@ class LLaDA(nn.Module):
         return (net["ff_out"](x), x) if hidden else net["ff_out"](x)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        source: str | Path,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> "LLaDA":
+    def from_pretrained(cls, source: Path | str, device: Device = "cpu", dtype=torch.float32):
         """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device
         and filled tensor by tensor from the files that the index names, however they are cut.
         ValueError: a missing, torn, quantised or misshapen file, or another kind of model."""
@@ -993,7 +977,7 @@ class LLaDA(nn.Module):
         size = sum(tensors[name].nbytes for name in names)
         index = {"metadata": {"total_size": size}, "weight_map": files}
         write(folder / "model.safetensors.index.json", index)
-        write(folder / "config.json", self.config)
+        write(folder / "config.json", self.config)  # the last, so that it marks a whole folder
 
 
 # Its files.
@@ -1070,13 +1054,8 @@ def fingerprint(folder: Path) -> str:
 
 
 # ---- 8. Adapters --------------------------------------------------------------------------------
-# What adapter_config.json may hold: these values, switches that are off, and what changes nothing.
+# What adapter_config.json may hold: these values, what changes nothing, and whatever is off.
 PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
-SWITCHES = """use_rslora use_dora use_qalora use_bdlora lora_bias rank_pattern alpha_pattern
-    revision modules_to_save layers_to_transform layers_pattern layer_replication megatron_config
-    loftq_config eva_config corda_config lora_ga_config velora_config monteclora_config kasa_config
-    arrow_config alora_invocation_tokens target_parameters trainable_token_indices
-    ensure_weight_tying""".split()
 HARMLESS = """base_model_name_or_path r lora_alpha lora_dropout target_modules exclude_modules
     task_type inference_mode auto_mapping peft_version megatron_core qalora_group_size""".split()
 
@@ -1085,15 +1064,7 @@ class LoRA(nn.Module):
     """y -> y + (alpha / rank) B A dropout(x) for every adapted map, keyed "layer:map"; B is zero at
     first (huggingface/peft). In training it is float32: steps of 1e-6 vanish in bfloat16."""
 
-    def __init__(
-        self,
-        config: dict,
-        maps: list[str],
-        rank: int,
-        alpha: float,
-        dropout: float = 0.0,
-        seed: int = 0,
-    ):
+    def __init__(self, config: dict, maps: list, rank: int, alpha: float, dropout=0.0, seed=0):
         super().__init__()
         known = bool(maps) and set(maps) <= MAPS.keys()
         check(known, f"LoRA: {maps} must name maps of a block: {', '.join(MAPS)}")
@@ -1140,21 +1111,11 @@ class LoRA(nn.Module):
     def save(self, folder: Path, base: str, base_print: str = "") -> None:
         """A PEFT folder; base is the checkpoint's name, base_print its `fingerprint`."""
         write(folder / "adapter_model.safetensors", self.peft(), {"base": base_print})
-        config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": base,
-            "r": self.rank,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            # A regex, as the bare name ff_out would also adapt the head.
-            "target_modules": rf".*blocks\.\d+\.({'|'.join(self.maps)})",
-            "bias": "none",
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "fan_in_fan_out": False,
-            "modules_to_save": None,
-        }
+        config = PLAIN | {"task_type": "CAUSAL_LM", "inference_mode": True}
+        config |= {"base_model_name_or_path": base, "r": self.rank}
+        config |= {"lora_alpha": self.alpha, "lora_dropout": self.dropout}
+        # A regex, as the bare name ff_out would also adapt the head.
+        config["target_modules"] = rf".*blocks\.\d+\.({'|'.join(self.maps)})"
         write(folder / "adapter_config.json", config)
 
     @classmethod
@@ -1182,10 +1143,10 @@ def check_peft_config(saved: dict, file: str) -> None:
     for key, value in saved.items():
         if key == "init_lora_weights":  # pissa, olora and others change the base model as well
             plain = value is True or value is False or value == "gaussian"
-        elif key in SWITCHES:
-            plain = value in (None, False) or value == {} or value == []
+        elif key in PLAIN:
+            plain = value == PLAIN[key]
         else:
-            plain = key in HARMLESS or (key in PLAIN and value == PLAIN[key])
+            plain = key in HARMLESS or not value
         check(plain, f"{file}: {key} = {value!r} is not supported; save a plain LoRA adapter")
     check("peft_type" in saved, f"{file} lacks peft_type; is it a PEFT folder?")
     rank, alpha, dropout = (saved.get(key, 0.0) for key in ("r", "lora_alpha", "lora_dropout"))
@@ -1279,21 +1240,16 @@ class Text:
         return self.tokenizer.decode([*reply], skip_special_tokens=True)
 
 
-def pad_left(
-    prompts: list[list[int]], pad_id: int, device: torch.device | str = "cpu"
-) -> tuple[Tensor, Tensor | None]:
+def pad_left(prompts: list[list[int]], pad_id: int, device: Device = "cpu") -> Padded:
     """ids (B, P) and attention mask (B, P), None when nothing is padded: decided on the host."""
     width = max(map(len, prompts))
-    pads = torch.tensor([width - len(prompt) for prompt in prompts], device=device)
-    ids = [[pad_id] * (width - len(prompt)) + prompt for prompt in prompts]
-    padded = any(len(prompt) < width for prompt in prompts)
-    mask = torch.arange(width, device=device) >= pads[:, None] if padded else None
-    return torch.tensor(ids, device=device), mask
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * n + prompt for n, prompt in zip(pads, prompts, strict=True)]
+    mask = torch.arange(width) >= torch.tensor(pads)[:, None]
+    return torch.tensor(ids, device=device), (mask.to(device) if any(pads) else None)
 
 
-def canvas(
-    ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor]:
+def canvas(ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor) -> tuple:
     """The model's arguments for prompts (`pad_left`) with answers xt (B, L) and the positions
     `where` (B, L) whose logits are wanted."""
     visible = None if pad is None else F.pad(pad.bool(), (0, xt.shape[1]), value=True)
@@ -1340,7 +1296,7 @@ def by_length(items: list[int], size: int, key: Callable) -> list[list[int]]:
 
 
 def decode(
-    model: LLaDA, prompts: list, cfg: Config, generator: Generator, ban_mask=False, quiet=True
+    model: LLaDA, prompts: list, cfg: Config, generator: Generator, quiet=True, ban_mask=False
 ) -> Tensor:
     """Answers (N, gen_length) to N prompts, in their order, cfg.chunk of near length at once."""
     device = generator.device
@@ -1354,425 +1310,7 @@ def decode(
     return x1
 
 
-# ---- 10. Tasks ----------------------------------------------------------------------------------
-FORMAT = (
-    "Think first, then answer, in exactly this form with each tag on its own line:\n"
-    "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n"
-)
-
-
-TASKS: dict[str, "Task"] = {}
-
-
-class Task:
-    """A kind of question and its reward. To add one, write a subclass: its name is the task's."""
-
-    top = 1.0  # the largest reward
-    # A row's keys, each with the names that files have for it.
-    columns: dict[str, tuple[str, ...]] = {}
-    preset: dict = {}  # changes to the defaults of Config
-    generated = False  # its rows are made here, so that scores compare with no published table
-    cells = None  # or a method (text, row) -> (right, all), if an answer has parts
-
-    def __init_subclass__(cls):
-        TASKS[cls.__name__.lower()] = cls()
-
-    def rows(self, split: str) -> list[dict]:
-        """The rows of "train", "valid" or "test"."""
-        raise ValueError(f"{type(self).__name__} has no rows of its own: pass --data FILE.jsonl")
-
-    def clean(self, record: dict) -> dict:
-        """A file's record as a row; a ValueError says in a sentence what is wrong with it."""
-        return record
-
-    def prompt(self, row: dict) -> str:
-        raise NotImplementedError
-
-    def reward(self, text: str, row: dict) -> float:
-        """What training maximises, between 0 and `top`."""
-        raise NotImplementedError
-
-    def correct(self, text: str, row: dict) -> bool:
-        """What is reported: whether the text answers the question."""
-        return self.reward(text, row) == self.top
-
-
-def cut(rows: list, split: str) -> list:
-    """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
-    shuffled = random.Random(0).sample(rows, len(rows))
-    size = min(256, len(rows) // 10)
-    return shuffled[:size] if split == "valid" else shuffled[size:]
-
-
-# Countdown.
-LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", r"\div": "/", "÷": "/", "−": "-"}
-
-
-@functools.cache
-def countdown_problems() -> list[dict]:
-    """20,512 different solvable problems, 3 numbers and a target in 1..100."""
-    draw = random.Random(0)
-    rows = {}
-    while len(rows) < 20512:
-        a, b, c = numbers = [draw.randint(1, 100) for _ in range(3)]
-        p, q = draw.choices("+-*/", k=2)
-        got = arithmetic(draw.choice((f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})")))
-        if got and got[0].denominator == 1 and 1 <= got[0] <= 100:
-            row = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
-            rows[(*sorted(numbers), got[0])] = row
-    return [*rows.values()]
-
-
-def whole(value) -> int:
-    """A file's 4, 4.0 or "4" as an integer."""
-    if isinstance(value, bool) or not re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A):
-        raise ValueError(f"{value!r:.60} is not a whole number")
-    return int(float(value))
-
-
-class Countdown(Task):
-    """Reach the target with every number once. 1 if right, 0.1 for another answer, 0 for none."""
-
-    preset = COUNTDOWN
-    generated = True
-    columns = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
-
-    def rows(self, split):
-        bounds = {"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}
-        return countdown_problems()[bounds[split]]
-
-    def clean(self, record):
-        numbers = record["numbers"]
-        if isinstance(numbers, str):
-            numbers = re.findall(r"[^\s,\[\]]+", numbers)
-        if not isinstance(numbers, list) or not 1 <= len(numbers) <= 6:
-            raise ValueError(f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers")
-        row = {"numbers": [*map(whole, numbers)], "target": whole(record["target"])}
-        if min(row["numbers"]) < 0:
-            raise ValueError(f"numbers is {numbers}, but none may be negative")
-        return row
-
-    def prompt(self, row):
-        return (
-            f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use "
-            "each number once, with + - * / and parentheses. Put just the expression, no equals "
-            "sign, between the answer tags. Example: [2, 3, 4] and 5 give\n"
-            "<answer>\n2*4-3\n</answer>"
-        )
-
-    def reaches(self, answer, row):
-        """Whether an expression, in LaTeX perhaps and followed by its value, is a solution."""
-        answer = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
-        answer = re.sub(r"\\left|\\right|\\[()\[\]]|\$", "", answer)
-        for sign, plain in LATEX_SIGNS.items():
-            answer = answer.replace(sign, plain)
-        got = arithmetic(answer.split("=")[0].strip(" \n.>"))
-        return bool(got) and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"])
-
-    def reward(self, text, row):
-        answer = extract(text)
-        if answer is None:
-            return 0.0
-        return 1.0 if self.reaches(answer, row) else 0.1
-
-    def correct(self, text, row):
-        return self.reaches(final_answer(text) or "", row)
-
-
-# Sudoku.
-GROUPS = [[*range(i, i + 4)] for i in (0, 4, 8, 12)]  # rows, columns, boxes of the 16 cells
-GROUPS += [[*range(i, 16, 4)] for i in range(4)]
-GROUPS += [[i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10)]
-
-
-def is_grid(digits: str) -> bool:
-    """Whether no group among the first cells holds a digit twice."""
-    for group in GROUPS:
-        filled = [digits[i] for i in group if i < len(digits)]
-        if len({*filled}) < len(filled):
-            return False
-    return True
-
-
-@functools.cache
-def sudoku_grids() -> list[str]:
-    """All 288 grids, in a fixed random order: 176 for training, 24 to validate, 88 to test."""
-    rows = ["".join(row) for row in itertools.permutations("1234")]
-    grids = [""]
-    for _ in range(4):
-        longer = [grid + row for grid, row in itertools.product(grids, rows)]
-        grids = [grid for grid in longer if is_grid(grid)]
-    return random.Random(0).sample(grids, 288)
-
-
-@functools.cache
-def sudoku_rows(split: str, fewest: int, most: int) -> list[dict]:
-    """20,000 or 256 different puzzles, each with one solution, in one split only."""
-    grids = sudoku_grids()
-    pool = {"train": grids[:176], "valid": grids[176:200], "test": grids[200:]}[split]
-    table = torch.tensor([[*map(int, grid)] for grid in grids], dtype=torch.int8)
-    draw = random.Random(split)
-    rows = {}
-    while len(rows) < (20000 if split == "train" else 256):
-        solution = draw.choice(pool)
-        holes = {*draw.sample(range(16), draw.randint(fewest, most))}
-        clues = [i for i in range(16) if i not in holes]
-        agree = table[:, clues] == table[grids.index(solution), clues]
-        if agree.all(1).sum() == 1:
-            puzzle = "".join("0" if i in holes else digit for i, digit in enumerate(solution))
-            rows[puzzle] = {"puzzle": puzzle, "solution": solution}
-    return [*rows.values()]
-
-
-def sudoku_worked(row: dict) -> str:
-    """A worked example: the rows, one cell after another (fewest candidates first), the grid."""
-    grid = [*row["puzzle"]]
-    lines = ["Rows: " + " | ".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))]
-    while "0" in grid:
-        left = {}
-        for i in range(16):
-            if grid[i] == "0":
-                seen = itertools.chain(*(group for group in GROUPS if i in group))
-                left[i] = {*"1234"} - {grid[j] for j in seen}
-        i = min(left, key=lambda cell: len(left[cell]))
-        grid[i] = row["solution"][i]
-        why = f"only {grid[i]} is left." if len(left[i]) == 1 else f"try {grid[i]}; it works out."
-        lines.append(f"Row {i // 4 + 1}, column {i % 4 + 1}: {why}")
-    steps = "\n".join(lines)
-    return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{''.join(grid)}\n</answer>"
-
-
-class Sudoku(Task):
-    """Fill a 4x4 grid. The reward is 2 x the share of the empty cells that are as in the solution.
-
-    Right is every valid grid that keeps the clues, be it the stored solution or not.
-    """
-
-    top = 2.0
-    generated = True
-    columns = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
-    fewest = 7
-    most = 12
-
-    def rows(self, split):
-        return sudoku_rows(split, self.fewest, self.most)
-
-    def clean(self, record):
-        for key, kinds in (("puzzle", "0-4"), ("solution", "1-4")):
-            if not re.fullmatch(f"[{kinds}]{{16}}", str(record[key])):
-                raise ValueError(f"{key} is {record[key]!r:.60}, not 16 digits {kinds}")
-        row = {key: str(record[key]) for key in self.columns}
-        if not self.solves(row["solution"], row["puzzle"]):
-            raise ValueError(f"solution {row['solution']} does not solve {row['puzzle']}")
-        return row
-
-    def prompt(self, row):
-        ask = "Question: Solve the following Sudoku puzzle: {}\nAnswer:"
-        shots = ""
-        for shot in sudoku_rows("train", self.fewest, self.most)[:3]:
-            shots += f"{ask.format(shot['puzzle'])}\n{sudoku_worked(shot)}\n\n"
-        return (
-            f"{FORMAT}Solve a 4x4 Sudoku, given row by row as 16 digits with 0 for an empty cell. "
-            "Every row, column and 2x2 box must hold 1, 2, 3 and 4. Answer with the 16 digits of "
-            f"the full grid.\n\n{shots}{ask.format(row['puzzle'])}"
-        )
-
-    def digits(self, text, find=extract):
-        """The first 16 digits of the answer that `find` finds, filled up with 0."""
-        return re.sub("[^0-9]", "", find(text) or "")[:16].ljust(16, "0")
-
-    def solves(self, grid, puzzle):
-        keeps = all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
-        return keeps and {*grid} == {*"1234"} and is_grid(grid)
-
-    def count(self, grid, row):
-        """(right, all) of the cells that were empty, against the stored solution."""
-        empty = [i for i in range(16) if row["puzzle"][i] == "0"]
-        return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
-
-    def cells(self, text, row):
-        return self.count(self.digits(text, final_answer), row)
-
-    def reward(self, text, row):
-        grid = self.digits(text)
-        right, empty = self.count(grid, row)
-        if not empty:
-            return self.top * self.solves(grid, row["puzzle"])
-        return self.top * right / empty
-
-    def correct(self, text, row):
-        return self.solves(self.digits(text, final_answer), row["puzzle"])
-
-
-# GSM8K and MATH.
-NUMBER = r"-?\s*(\\?\$)?\s*-?(\d[\d,]*)?\.?\d+(\s*/\s*\d+)?\.?\s*(\\?%)?"
-
-
-def hub_rows(name: str, part: str | None, split: str, question: str, answer: str) -> list[dict]:
-    """A data set of the hub, with its columns of questions and answers."""
-    try:
-        from datasets import load_dataset
-
-        records = load_dataset(name, part, split=split)
-    except Exception as error:
-        help = "check the network, pip install datasets, or pass --data FILE.jsonl"
-        raise ValueError(f"cannot get {name} from the hub ({error!r:.80}): {help}") from error
-    return [{"question": record[question], "answer": record[answer]} for record in records]
-
-
-class Math(Task):
-    """Competition mathematics. A right answer earns 2, tags 0.5 and a box 0.25 beside 0.25."""
-
-    top = 3.0
-    preset = MATHS
-    columns = {"question": ("question", "problem"), "answer": ("answer", "solution")}
-    ask = FORMAT + (
-        "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
-    )
-
-    def rows(self, split):
-        if split == "test":
-            return hub_rows("HuggingFaceH4/MATH-500", None, "test", "problem", "answer")
-        return cut(hub_rows("ankner/math-500", None, "train", "problem", "solution"), split)
-
-    def clean(self, record):
-        for key, value in record.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not (isinstance(value, str) or number and key == "answer"):
-                raise ValueError(f"{key} is {value!r:.60}, not text")
-        return {"question": record["question"], "answer": str(record["answer"]).strip()}
-
-    def prompt(self, row):
-        return self.ask + row["question"]
-
-    def right(self, answer, row):
-        """Whether an answer is the row's, which may be a whole solution with its box."""
-        gold = last_box(str(row["answer"])) or str(row["answer"])
-        question = row.get("question", "")
-        return same(gold, answer or "", percent="percent" in question or "%" in question)
-
-    def reward(self, text, row):
-        form = 0.25 + 0.5 * (extract(text) is not None) + 0.25 * (last_box(text) is not None)
-        return form + 2.0 * self.right(extract(text, box_anywhere=True), row)
-
-    def correct(self, text, row):
-        return self.right(final_answer(text), row)
-
-
-class GSM8K(Math):
-    """School mathematics. A right number earns 2, a number 0.5, the form 1.5."""
-
-    top = 4.0
-    ask = FORMAT
-
-    def rows(self, split):
-        rows = hub_rows(
-            "openai/gsm8k", "main", split.replace("valid", "train"), "question", "answer"
-        )
-        return rows if split == "test" else cut(rows, split)
-
-    def clean(self, record):
-        row = super().clean(record)
-        gold = row["answer"].rpartition("####")[2].strip()
-        if not re.fullmatch(NUMBER, gold, re.A):
-            raise ValueError(f"answer ends in {gold!r:.60}, not in a number")
-        return row
-
-    def right(self, answer, row):
-        gold = str(row["answer"]).rpartition("####")[2]
-        return same(gold, answer or "", percent=True)
-
-    def form(self, text):
-        """The reward of the form: every tag 0.125, their order 0.5, exactly the asked one 0.5."""
-        score = 0.0
-        for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
-            alone = re.search(rf"^[ \t]*{tag}[ \t]*$", text, re.M)
-            score += 0.125 * (alone is not None and text.count(tag) == 1)
-        if "</answer>" in text:
-            score -= 0.001 * len(text.rpartition("</answer>")[2].strip())
-        soft = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
-        strict = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
-        score += 0.5 * bool(re.search(soft, text, re.S))
-        return score + 0.5 * bool(re.fullmatch(strict, text.strip(), re.S))
-
-    def reward(self, text, row):
-        number = re.fullmatch(NUMBER, extract(text) or "", re.A)
-        right = self.right(extract(text, box_anywhere=True), row)
-        return max(0.0, self.form(text) + 0.5 * bool(number) + 2.0 * right)
-
-
-# Data files.
-def json_record(line: str) -> dict:
-    """The record of a line of a .jsonl file."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    if not isinstance(record, dict):
-        raise ValueError("JSON, but not an object with named values")
-    return record
-
-
-def csv_record(header: list[str], fields: list[str]) -> dict:
-    """The record of a line of a .csv file."""
-    if len(fields) != len(header):
-        counts = f"{len(fields)} fields under a header of {len(header)}"
-        raise ValueError(f"{counts}; a field with a comma in it needs quotes")
-    return dict(zip(header, fields, strict=True))
-
-
-def task_row(task: Task, record: dict) -> dict:
-    """A record as a row of the task: its values under the task's names, checked."""
-    row = {}
-    for key, names in task.columns.items():
-        found = [record[name] for name in names if record.get(name) not in (None, "")]
-        if not found:
-            raise ValueError(f"no {' or '.join(names)} among {', '.join(map(str, record))}")
-        row[key] = found[0]
-    return task.clean(row or record)
-
-
-def read_text(path: str) -> str:
-    """A file in UTF-8, with or without the mark that some editors put first."""
-    content = Path(path).read_bytes()
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n").rstrip(" \t\n")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not in the encoding UTF-8") from None
-
-
-def read_rows(path: str, task: str) -> list[dict]:
-    """The checked rows of a .jsonl or .csv file, for one of TASKS."""
-    if task not in TASKS:
-        raise ValueError(f"no task {task!r}; expected one of {', '.join(TASKS)}")
-    is_csv = path.endswith(".csv")
-    if not is_csv and not path.endswith(".jsonl"):
-        raise ValueError(f"{path}: expected a file that ends in .jsonl or .csv")
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
-    text = read_text(path)
-    lines = text.split("\n") if text else []
-    table = csv.reader([f"{line}\n" for line in lines], strict=True)
-    rows = []
-    line = 1
-    try:
-        header = [name.strip() for name in next(table, [])] if is_csv else []
-        if len({*header}) < len(header):
-            raise ValueError("two columns of the header have the same name")
-        line += table.line_num
-        for fields in table if is_csv else lines:
-            record = csv_record(header, fields) if is_csv else json_record(fields)
-            rows.append(task_row(TASKS[task], record))
-            line = 1 + (table.line_num if is_csv else len(rows))
-    except (ValueError, csv.Error) as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None
-    if not rows:
-        raise ValueError(f"{path} holds no rows")
-    return rows
-
-
-# ---- 11. Processes and files --------------------------------------------------------------------
+# ---- 10. Processes and files --------------------------------------------------------------------
 class Ranks:
     """This process among torchrun's, its device and dtype: NCCL and bfloat16 on GPUs, gloo and
     float32 on CPUs."""
@@ -1788,7 +1326,8 @@ class Ranks:
             self.device, self.dtype = torch.device("cuda", local), torch.bfloat16
             torch.cuda.set_device(self.device)
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.cuda else "gloo")
+            limit = timedelta(hours=2)  # rank 0 alone reads the base again and grades answers
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit)
 
     def wait(self) -> None:
         if self.size > 1:
@@ -1847,7 +1386,7 @@ def file_digest(path: Path) -> str:
     return total.hexdigest()
 
 
-# ---- 12. Command line ---------------------------------------------------------------------------
+# ---- 11. Command line ---------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
     """No abbreviations: eval's --h would otherwise be its --help."""
     parser = argparse.ArgumentParser(description="Discrete Tilt Matching on LLaDA.")
@@ -1887,13 +1426,20 @@ def add_settings(parser: argparse.ArgumentParser, only: tuple = (), without: tup
         parser.add_argument(*flags, default=argparse.SUPPRESS, help=text, **kind)
 
 
+def settings_of_run(file: Path, given: dict) -> dict:
+    """How the run of an adapter decoded, unless it had another task than is given."""
+    saved = read_json(file) if file.is_file() else {}
+    if given.get("task", saved.get("task")) != saved.get("task"):
+        return {}
+    names = saved.keys() & {"task", "gen_length", "block", "steps", "chunk"}
+    return {name: saved[name] for name in names}
+
+
 def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | None) -> None:
     """Scores of the test rows in OUT/eval.json, answers beside it."""
     if adapter:
         given["model"] = str(base_of(adapter, given.get("model", "")))
-        config = adapter.parent / "config.json"
-        if config.is_file():  # RUN/best: the run's task
-            given = {"task": read_json(config).get("task", Config.task)} | given
+        given = settings_of_run(adapter.parent / "config.json", given) | given
     place = adapter or f"runs/{given.get('task', Config.task)}-base"
     cfg = make_config(**{"out": f"{place}-eval", **given})
     lengths = lengths or [cfg.gen_length, 2 * cfg.gen_length]
@@ -1927,26 +1473,25 @@ def main(argv: list[str] | None = None) -> None:
     elif action == "eval":
         evaluate_command(given, given.pop("adapter"), given.pop("lengths"))
     else:
-        run = open_run(given, Ranks())
-        signal.signal(signal.SIGTERM, run.ask_to_stop)
-        train(run)
+        train(open_run(given, Ranks()))
 
 
 def run_as_script(main: Callable[[], None]) -> None:
     """Bad input and faults of the machine in one line, with exit status 1."""
     try:
         main()
+        if dist.is_initialized():  # not after an error: it would wait for the other ranks
+            dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        advice = "lower --batch (training) or --chunk (decoding), keep --checkpointing"
-        again = "the last checkpoint is whole, the same command goes on from it"
-        sys.exit(f"out of device memory ({str(error)[:90]}): {advice}; {again}")
+        advice = "keep --checkpointing, lower --chunk and go on with the same command"
+        advice += ", or lower --batch with another --out"
+        sys.exit(
+            f"out of device memory ({str(error)[:90]}): {advice}; the last checkpoint is whole"
+        )
     except (ValueError, OSError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 import llada_finetune as llada
 from dtm import check
 from figures import objectives
+from figures.tasks import Sudoku
 
 PROMPTS, ANSWERS, STEPS = 4, 16, 8  # of a round
 ALPHA = 0.04
@@ -37,8 +38,10 @@ def tune(run: llada.Run) -> None:
     """Rounds, counted by a, from wherever `run` stands; scores and checkpoints between rounds."""
     cfg, state = run.cfg, run.state
     student = llada.parallel(run.model, run.ranks)
+    signal.signal(signal.SIGTERM, run.ask_to_stop)
     if state.total == 0:
         llada.score_phase(run, None)
+    run.keep_best()
     while state.a < cfg.a_end:
         begin_round(run)
         with run.progress_bar() as bar:
@@ -63,7 +66,7 @@ def begin_round(run: llada.Run) -> None:
     rows = [row for row in buffer.next_rows(PROMPTS) for _ in range(ANSWERS)]  # alike on all ranks
     share = slice(ranks.rank * len(rows) // ranks.size, (ranks.rank + 1) * len(rows) // ranks.size)
     buffer.data = buffer.answered(rows[share])
-    if isinstance(llada.TASKS[run.cfg.task], llada.Sudoku):
+    if isinstance(llada.TASKS[run.cfg.task], Sudoku):
         buffer.data["r"] /= 2
     buffer.data |= bounds(run)
     groups = [buffer.everywhere(key).view(PROMPTS, ANSWERS) for key in ("r", "log_cur", "log_pre")]
@@ -137,9 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=1000, help="of 8 steps each (default 1000)")
     llada.add_settings(parser, only=FLAGS)
     given = vars(parser.parse_args(argv))
-    run = llada.open_run({**SETTINGS, "a_end": float(given.pop("rounds")), **given}, llada.Ranks())
-    signal.signal(signal.SIGTERM, run.ask_to_stop)
-    tune(run)
+    tune(llada.open_run(SETTINGS | {"a_end": float(given.pop("rounds"))} | given, llada.Ranks()))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from torch import Generator
 import llada_finetune as llada
 from dtm import check, phases
 from figures import toy_llada
+from figures.tasks import Sudoku
 
 # ---- 1. Counted ---------------------------------------------------------------------------------
 COUNTED = ("model", "h", "a_end", "steps_per_h", "prompts", "completions", "refresh")
@@ -105,7 +106,7 @@ BENCH_SETTINGS = ("chunk", "gen_length", "block", "steps", "prompt_length", "bat
 BENCH_SETTINGS += ("checkpointing",)
 
 
-class Bench(llada.Sudoku):
+class Bench(Sudoku):
     """Prompts of the full length."""
 
     length = 0

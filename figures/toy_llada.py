@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,9 +37,10 @@ from tqdm import tqdm
 import llada_finetune as llada
 import maze_lab as lab
 from dtm import check, mask_random, row_mean
+from figures.tasks import Sudoku
 
 
-class Toy(llada.Sudoku):
+class Toy(Sudoku):
     """Easier puzzles, no instructions; the answer is the 16 digits alone."""
 
     fewest, most = 4, 10  # empty cells
@@ -188,7 +188,6 @@ def run_toy(given: dict, ranks: llada.Ranks) -> None:
             make_base(Path(given["model"]), cfg.seed, ranks)
     ranks.wait()  # all have looked
     run = llada.open_run(given, ranks)
-    signal.signal(signal.SIGTERM, run.ask_to_stop)
     test = llada.task_rows(run.cfg, "test")
 
     def score_test(run: llada.Run) -> None:

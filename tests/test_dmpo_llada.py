@@ -51,7 +51,7 @@ def test_a_round_has_four_whole_groups_and_their_weights(base, tmp_path):
 
 def test_sudokus_reward_is_not_doubled(base, tmp_path, monkeypatch):
     task = llada.TASKS["uneven"]
-    monkeypatch.setattr(llada, "Sudoku", type(task))
+    monkeypatch.setattr(dmpo, "Sudoku", type(task))
     run = dmpo_run(base, tmp_path)
     dmpo.begin_round(run)
     halved = run.buffer.data["r"].clone()

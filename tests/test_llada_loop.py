@@ -389,7 +389,6 @@ BAD = [
     ("steps", [0, 100, 4]),
     ("refresh", [81, -1, 0]),
     ("eval_rows", [-1]),
-    ("data", [__file__]),
 ]
 
 
@@ -397,4 +396,4 @@ BAD = [
 def test_a_bad_setting_is_named(name, values):
     for value in values:
         with pytest.raises(ValueError, match=rf"--{name}\b"):
-            llada.make_config(**{"batch": 1, "test_data": __file__, name: value})
+            llada.make_config(**{"batch": 1, name: value})

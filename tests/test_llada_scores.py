@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llada_finetune as llada
 from figures import answers
 from llada_finetune import TASKS
 
@@ -111,7 +110,7 @@ def test_a_box_anywhere_counts_for_the_metric_and_in_gsm8k_and_math_for_the_rewa
     ],
 )
 def test_final_answer(text, answer):
-    assert llada.final_answer(text) == answer
+    assert answers.final_answer(text) == answer
 
 
 def slow_last_box(text):
@@ -140,9 +139,9 @@ def test_extract_by_other_means(text):
     if inside:
         box = slow_last_box(inside[-1])
         best = inside[-1].strip() if box is None else box
-    assert llada.last_box(text) == slow_last_box(text)
-    assert llada.extract(text) == best
-    assert llada.extract(text, box_anywhere=True) == (best if inside else slow_last_box(text))
+    assert answers.last_box(text) == slow_last_box(text)
+    assert answers.extract(text) == best
+    assert answers.extract(text, box_anywhere=True) == (best if inside else slow_last_box(text))
 
 
 # ---- Countdown and Sudoku ------------------------------------------------------------------------
@@ -337,7 +336,7 @@ def test_any_text_has_a_reward_that_tells_right_from_wrong(task, least, most):
         assert 0 <= reward <= TASKS[task].top
         if not correct:  # with spoilt clues, all cells of a Sudoku may still be right
             assert reward <= most
-        elif llada.final_answer(text) == llada.extract(text, task in ("gsm8k", "math")):
+        elif answers.final_answer(text) == answers.extract(text, task in ("gsm8k", "math")):
             assert reward >= least - 0.001 * len(text) * (task == "gsm8k")
 
     check()
@@ -349,7 +348,7 @@ def test_threads_share_a_worker_and_a_killed_one_is_replaced():
     found = []
 
     def ask(n):
-        found.append(llada.same(f"{n + 1}x", f"x + {n}x"))
+        found.append(answers.same(f"{n + 1}x", f"x + {n}x"))
 
     threads = [threading.Thread(target=ask, args=(n,)) for n in range(1, 5)]
     for thread in threads:
@@ -358,11 +357,11 @@ def test_threads_share_a_worker_and_a_killed_one_is_replaced():
         thread.join()
     before = answers.ALGEBRA.pid
     os.kill(before, signal.SIGKILL)
-    assert found == [True] * 4 and llada.same("7y", "y+6y") and answers.ALGEBRA.pid != before
+    assert found == [True] * 4 and answers.same("7y", "y+6y") and answers.ALGEBRA.pid != before
 
 
 def test_what_exhausts_the_worker_is_not_right_and_the_next_question_is_answered():
-    assert not llada.same("abcdf", "(a+b+c+d+f)^{90}") and llada.same("ab", "ba")
+    assert not answers.same("abcdf", "(a+b+c+d+f)^{90}") and answers.same("ab", "ba")
 
 
 def test_a_machine_that_cannot_compare_is_an_error_and_no_score(monkeypatch):

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import llada_finetune as llada
-from llada_finetune import TASKS, Sudoku, Task, extract, read_rows
+from figures import answers, tasks
+from figures.answers import extract
+from figures.tasks import Sudoku, Task
+from llada_finetune import TASKS, read_rows
 
 GRID = "1234341221434321"
 OTHER = "3214143221434321"  # differs from GRID in cells 0, 2, 4 and 6
@@ -78,8 +80,8 @@ def solve(grid):
 
 
 def test_sudoku_rows_have_one_solution_each_and_splits_share_none():
-    assert sorted(llada.sudoku_grids()) == sorted(solve("0" * 16))
-    assert len(llada.sudoku_grids()) == 288
+    assert sorted(tasks.sudoku_grids()) == sorted(solve("0" * 16))
+    assert len(tasks.sudoku_grids()) == 288
     rows = {split: TASKS["sudoku"].rows(split) for split in SPLITS}
     solutions = {split: {row["solution"] for row in rows[split]} for split in SPLITS}
     assert (len(solutions["train"]), len(solutions["valid"])) == (176, 24)
@@ -98,7 +100,7 @@ def test_sudoku_s_worked_examples_are_sound_line_by_line():
     assert len(examples) == 3
     assert prompt.endswith(f"puzzle: {TWO_SOLUTIONS['puzzle']}\nAnswer:")
     for row in TASKS["sudoku"].rows("test") + [TWO_SOLUTIONS]:
-        examples.append((row["puzzle"], llada.sudoku_worked(row)))
+        examples.append((row["puzzle"], tasks.sudoku_worked(row)))
     for puzzle, text in examples:
         grid = puzzle
         for row, column, word, digit in re.findall(r"Row (\d), column (\d): (only|try) (\d)", text):
@@ -137,11 +139,11 @@ def test_countdown_rows_are_solvable_and_no_problem_is_in_two_splits():
 
 @pytest.mark.parametrize("n", [1, 9, 10, 99, 2559, 5000])
 def test_cut_is_a_partition_that_stays(n):
-    train = llada.cut([*range(n)], "train")
-    valid = llada.cut([*range(n)], "valid")
+    train = tasks.cut([*range(n)], "train")
+    valid = tasks.cut([*range(n)], "valid")
     assert sorted(train + valid) == [*range(n)]
     assert len(valid) == min(256, n // 10)
-    assert llada.cut([*range(n)], "train") == train and llada.cut([*range(n)], "valid") == valid
+    assert tasks.cut([*range(n)], "train") == train and tasks.cut([*range(n)], "valid") == valid
 
 
 def longer_sums(shorter):
@@ -164,7 +166,7 @@ def test_arithmetic_is_evaluation_with_fractions(text):
         with suppress(SyntaxError, TypeError, ZeroDivisionError):
             value = eval(re.sub("[0-9]+", r"Fraction(\g<0>)", plain), {"Fraction": Fraction})
     numbers = [int(number) for number in re.findall("[0-9]+", text)]
-    assert llada.arithmetic(text) == ((value, numbers) if isinstance(value, Fraction) else None)
+    assert answers.arithmetic(text) == ((value, numbers) if isinstance(value, Fraction) else None)
 
 
 # ---- a user's tasks ------------------------------------------------------------------------------

@@ -1,0 +1,434 @@
+"""The tasks of `llada_finetune.py`: rows, prompts, rewards, data files. A task is one class."""
+
+import csv
+import functools
+import itertools
+import json
+import random
+import re
+from pathlib import Path
+
+import torch
+
+from dtm import check
+from figures.answers import arithmetic, extract, final_answer, last_box, same
+
+# The release's for Countdown; for mathematics ours, with room for longer prompts, larger rewards.
+COUNTDOWN = dict(h=6.0, steps_per_h=1200, prompts=40, completions=6, refresh=10, refresh_steps=25)
+COUNTDOWN |= dict(chunk=30, temperature=1.0, prompt_length=172, batch=12, accum=8)
+COUNTDOWN |= dict(lr=4e-6, lr_min=2e-6, clip=2.0, ema=0.95)
+MATHS = COUNTDOWN | dict(h=2.0, a_end=30.0, steps_per_h=300, prompt_length=700, batch=6, accum=16)
+
+FORMAT = (
+    "Think first, then answer, in exactly this form with each tag on its own line:\n"
+    "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n"
+)
+
+
+ROWS_FLAGS = "pass --data FILE.jsonl to train, --test_data FILE.jsonl to eval"
+TASKS: dict[str, "Task"] = {}
+
+
+class Task:
+    """A kind of question and its reward. To add one, write a subclass: its name is the task's."""
+
+    top = 1.0  # the largest reward
+    # A row's keys, each with the names that files have for it.
+    columns: dict[str, tuple[str, ...]] = {}
+    preset: dict = {}  # changes to the defaults of Config
+    generated = False  # its rows are made here, so that scores compare with no published table
+    cells = None  # or a method (text, row) -> (right, all), if an answer has parts
+
+    def __init_subclass__(cls):
+        TASKS[cls.__name__.lower()] = cls()
+
+    def rows(self, split: str) -> list[dict]:
+        """The rows of "train", "valid" or "test"."""
+        raise ValueError(f"{type(self).__name__} has no rows of its own: {ROWS_FLAGS}")
+
+    def clean(self, record: dict) -> dict:
+        """A file's record as a row; a ValueError says in a sentence what is wrong with it."""
+        return record
+
+    def prompt(self, row: dict) -> str:
+        raise NotImplementedError
+
+    def reward(self, text: str, row: dict) -> float:
+        """What training maximises, between 0 and `top`."""
+        raise NotImplementedError
+
+    def correct(self, text: str, row: dict) -> bool:
+        """What is reported: whether the text answers the question."""
+        return self.reward(text, row) == self.top
+
+    def grade(self, text: str, row: dict) -> tuple[float, float]:
+        """Reward, and 1 if correct else 0. A fault of a task's code is shown with its place."""
+        try:
+            reward, solved = float(self.reward(text, row)), float(self.correct(text, row))
+            check(reward <= self.top, f"the reward {reward} is not a number up to {self.top}")
+        except Exception as error:
+            raise RuntimeError(f"{type(self).__name__} cannot grade {text!r:.99}") from error
+        return reward, solved
+
+
+def cut(rows: list, split: str) -> list:
+    """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
+    shuffled = random.Random(0).sample(rows, len(rows))
+    size = min(256, len(rows) // 10)
+    return shuffled[:size] if split == "valid" else shuffled[size:]
+
+
+# Countdown.
+LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", r"\div": "/", "÷": "/", "−": "-"}
+
+
+@functools.cache
+def countdown_problems() -> list[dict]:
+    """20,512 different solvable problems, 3 numbers and a target in 1..100."""
+    draw = random.Random(0)
+    rows = {}
+    while len(rows) < 20512:
+        a, b, c = numbers = [draw.randint(1, 100) for _ in range(3)]
+        p, q = draw.choices("+-*/", k=2)
+        got = arithmetic(draw.choice((f"({a}{p}{b}){q}{c}", f"{a}{p}({b}{q}{c})")))
+        if got and got[0].denominator == 1 and 1 <= got[0] <= 100:
+            row = {"numbers": draw.sample(numbers, 3), "target": int(got[0])}
+            rows[(*sorted(numbers), got[0])] = row
+    return [*rows.values()]
+
+
+def whole(value) -> int:
+    """A file's 4, 4.0 or "4" as an integer."""
+    good = re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A)
+    check(good is not None, f"{value!r:.60} is not a whole number")
+    return int(float(value))
+
+
+class Countdown(Task):
+    """Reach the target with every number once. 1 if right, 0.1 for another answer, 0 for none."""
+
+    preset = COUNTDOWN
+    generated = True
+    columns = {"numbers": ("numbers", "nums", "input"), "target": ("target", "output")}
+
+    def rows(self, split):
+        bounds = {"test": slice(256), "valid": slice(256, 512), "train": slice(512, None)}
+        return countdown_problems()[bounds[split]]
+
+    def clean(self, record):
+        numbers = record["numbers"]
+        if isinstance(numbers, str):
+            numbers = re.findall(r"[^\s,\[\]]+", numbers)
+        good = isinstance(numbers, list) and 1 <= len(numbers) <= 6
+        check(good, f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers")
+        row = {"numbers": [*map(whole, numbers)], "target": whole(record["target"])}
+        check(min(row["numbers"]) >= 0, f"numbers is {numbers}, but none may be negative")
+        return row
+
+    def prompt(self, row):
+        return (
+            f"{FORMAT}Use only the numbers {row['numbers']} to make exactly {row['target']}. Use "
+            "each number once, with + - * / and parentheses. Put just the expression, no equals "
+            "sign, between the answer tags. Example: [2, 3, 4] and 5 give\n"
+            "<answer>\n2*4-3\n</answer>"
+        )
+
+    def reaches(self, answer, row):
+        """Whether an expression, in LaTeX perhaps and followed by its value, is a solution."""
+        answer = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
+        answer = re.sub(r"\\left|\\right|\\[()\[\]]|\$", "", answer)
+        for sign, plain in LATEX_SIGNS.items():
+            answer = answer.replace(sign, plain)
+        got = arithmetic(answer.split("=")[0].strip(" \n.>"))
+        return bool(got) and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"])
+
+    def reward(self, text, row):
+        answer = extract(text)
+        if answer is None:
+            return 0.0
+        return 1.0 if self.reaches(answer, row) else 0.1
+
+    def correct(self, text, row):
+        return self.reaches(final_answer(text) or "", row)
+
+
+# Sudoku.
+GROUPS = [[*range(i, i + 4)] for i in (0, 4, 8, 12)]  # rows, columns, boxes of the 16 cells
+GROUPS += [[*range(i, 16, 4)] for i in range(4)]
+GROUPS += [[i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10)]
+
+
+def is_grid(digits: str) -> bool:
+    """Whether no group among the first cells holds a digit twice."""
+    for group in GROUPS:
+        filled = [digits[i] for i in group if i < len(digits)]
+        if len({*filled}) < len(filled):
+            return False
+    return True
+
+
+@functools.cache
+def sudoku_grids() -> list[str]:
+    """All 288 grids, in a fixed random order: 176 for training, 24 to validate, 88 to test."""
+    rows = ["".join(row) for row in itertools.permutations("1234")]
+    grids = [""]
+    for _ in range(4):
+        longer = [grid + row for grid, row in itertools.product(grids, rows)]
+        grids = [grid for grid in longer if is_grid(grid)]
+    return random.Random(0).sample(grids, 288)
+
+
+@functools.cache
+def sudoku_rows(split: str, fewest: int, most: int) -> list[dict]:
+    """20,000 or 256 different puzzles, each with one solution, in one split only."""
+    grids = sudoku_grids()
+    pool = {"train": grids[:176], "valid": grids[176:200], "test": grids[200:]}[split]
+    table = torch.tensor([[*map(int, grid)] for grid in grids], dtype=torch.int8)
+    draw = random.Random(split)
+    rows = {}
+    while len(rows) < (20000 if split == "train" else 256):
+        solution = draw.choice(pool)
+        holes = {*draw.sample(range(16), draw.randint(fewest, most))}
+        clues = [i for i in range(16) if i not in holes]
+        agree = table[:, clues] == table[grids.index(solution), clues]
+        if agree.all(1).sum() == 1:
+            puzzle = "".join("0" if i in holes else digit for i, digit in enumerate(solution))
+            rows[puzzle] = {"puzzle": puzzle, "solution": solution}
+    return [*rows.values()]
+
+
+def sudoku_worked(row: dict) -> str:
+    """A worked example: the rows, one cell after another (fewest candidates first), the grid."""
+    grid = [*row["puzzle"]]
+    lines = ["Rows: " + " | ".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))]
+    while "0" in grid:
+        left = {}
+        for i in range(16):
+            if grid[i] == "0":
+                seen = itertools.chain(*(group for group in GROUPS if i in group))
+                left[i] = {*"1234"} - {grid[j] for j in seen}
+        i = min(left, key=lambda cell: len(left[cell]))
+        grid[i] = row["solution"][i]
+        why = f"only {grid[i]} is left." if len(left[i]) == 1 else f"try {grid[i]}; it works out."
+        lines.append(f"Row {i // 4 + 1}, column {i % 4 + 1}: {why}")
+    steps = "\n".join(lines)
+    return f"<reasoning>\n{steps}\n</reasoning>\n<answer>\n{''.join(grid)}\n</answer>"
+
+
+class Sudoku(Task):
+    """Fill a 4x4 grid. The reward is 2 x the share of the empty cells that are as in the solution;
+    right is every valid grid that keeps the clues."""
+
+    top = 2.0
+    generated = True
+    columns = {"puzzle": ("puzzle", "Puzzle"), "solution": ("solution", "Solution")}
+    fewest = 7
+    most = 12
+
+    def rows(self, split):
+        return sudoku_rows(split, self.fewest, self.most)
+
+    def clean(self, record):
+        row = {key: str(record[key]) for key in self.columns}
+        for key, kinds in (("puzzle", "0-4"), ("solution", "1-4")):
+            good = re.fullmatch(f"[{kinds}]{{16}}", row[key]) is not None
+            check(good, f"{key} is {record[key]!r:.60}, not 16 digits {kinds}")
+        solved = self.solves(row["solution"], row["puzzle"])
+        check(solved, f"solution {row['solution']} does not solve {row['puzzle']}")
+        return row
+
+    def prompt(self, row):
+        ask = "Question: Solve the following Sudoku puzzle: {}\nAnswer:"
+        shots = ""
+        for shot in sudoku_rows("train", self.fewest, self.most)[:3]:
+            shots += f"{ask.format(shot['puzzle'])}\n{sudoku_worked(shot)}\n\n"
+        return (
+            f"{FORMAT}Solve a 4x4 Sudoku, given row by row as 16 digits with 0 for an empty cell. "
+            "Every row, column and 2x2 box must hold 1, 2, 3 and 4. Answer with the 16 digits of "
+            f"the full grid.\n\n{shots}{ask.format(row['puzzle'])}"
+        )
+
+    def digits(self, text, find=extract):
+        """The first 16 digits of the answer that `find` finds, filled up with 0."""
+        return re.sub("[^0-9]", "", find(text) or "")[:16].ljust(16, "0")
+
+    def solves(self, grid, puzzle):
+        keeps = all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
+        return keeps and {*grid} == {*"1234"} and is_grid(grid)
+
+    def count(self, grid, row):
+        """(right, all) of the cells that were empty, against the stored solution."""
+        empty = [i for i in range(16) if row["puzzle"][i] == "0"]
+        return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
+
+    def cells(self, text, row):
+        return self.count(self.digits(text, final_answer), row)
+
+    def reward(self, text, row):
+        grid = self.digits(text)
+        right, empty = self.count(grid, row)
+        if not empty:
+            return self.top * self.solves(grid, row["puzzle"])
+        return self.top * right / empty
+
+    def correct(self, text, row):
+        return self.solves(self.digits(text, final_answer), row["puzzle"])
+
+
+# GSM8K and MATH.
+NUMBER = r"-?\s*(\\?\$)?\s*-?(\d[\d,]*)?\.?\d+(\s*/\s*\d+)?\.?\s*(\\?%)?"
+
+
+def hub_rows(name: str, part: str | None, split: str, question: str, answer: str) -> list[dict]:
+    """A data set of the hub, with its columns of questions and answers."""
+    advice = f"check the network, pip install datasets, or {ROWS_FLAGS}"
+    try:
+        from datasets import load_dataset
+
+        records = load_dataset(name, part, split=split)
+    except Exception as error:
+        raise ValueError(f"cannot get {name} from the hub ({error!r:.80}): {advice}") from error
+    return [{"question": record[question], "answer": record[answer]} for record in records]
+
+
+class Math(Task):
+    """Competition mathematics. A right answer earns 2, tags 0.5 and a box 0.25 beside 0.25."""
+
+    top = 3.0
+    preset = MATHS
+    columns = {"question": ("question", "problem"), "answer": ("answer", "solution")}
+    ask = FORMAT + (
+        "You are a math expert. Put the final answer in \\boxed{} between the answer tags.\n\n"
+    )
+
+    def rows(self, split):
+        if split == "test":
+            return hub_rows("HuggingFaceH4/MATH-500", None, "test", "problem", "answer")
+        return cut(hub_rows("ankner/math-500", None, "train", "problem", "solution"), split)
+
+    def clean(self, record):
+        for key, value in record.items():
+            kinds = (str, int, float) if key == "answer" else (str,)
+            check(type(value) in kinds, f"{key} is {value!r:.60}, not text")
+        return {"question": record["question"], "answer": str(record["answer"]).strip()}
+
+    def prompt(self, row):
+        return self.ask + row["question"]
+
+    def right(self, answer, row):
+        """Whether an answer is the row's, which may be a whole solution with its box."""
+        gold = last_box(str(row["answer"])) or str(row["answer"])
+        question = row.get("question", "")
+        return same(gold, answer or "", percent="percent" in question or "%" in question)
+
+    def reward(self, text, row):
+        form = 0.25 + 0.5 * (extract(text) is not None) + 0.25 * (last_box(text) is not None)
+        return form + 2.0 * self.right(extract(text, box_anywhere=True), row)
+
+    def correct(self, text, row):
+        return self.right(final_answer(text), row)
+
+
+class GSM8K(Math):
+    """School mathematics. A right number earns 2, a number 0.5, the form 1.5."""
+
+    top = 4.0
+    ask = FORMAT
+
+    def rows(self, split):
+        rows = hub_rows(
+            "openai/gsm8k", "main", split.replace("valid", "train"), "question", "answer"
+        )
+        return rows if split == "test" else cut(rows, split)
+
+    def clean(self, record):
+        row = super().clean(record)
+        gold = row["answer"].rpartition("####")[2].strip()
+        number = re.fullmatch(NUMBER, gold, re.A) is not None
+        check(number, f"answer ends in {gold!r:.60}, not in a number")
+        return row
+
+    def right(self, answer, row):
+        gold = str(row["answer"]).rpartition("####")[2]
+        return same(gold, answer or "", percent=True)
+
+    def form(self, text):
+        """The reward of the form: every tag 0.125, their order 0.5, exactly the asked one 0.5."""
+        score = 0.0
+        for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
+            alone = re.search(rf"^[ \t]*{tag}[ \t]*$", text, re.M)
+            score += 0.125 * (alone is not None and text.count(tag) == 1)
+        if "</answer>" in text:
+            score -= 0.001 * len(text.rpartition("</answer>")[2].strip())
+        soft = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
+        strict = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
+        score += 0.5 * bool(re.search(soft, text, re.S))
+        return score + 0.5 * bool(re.fullmatch(strict, text.strip(), re.S))
+
+    def reward(self, text, row):
+        number = re.fullmatch(NUMBER, extract(text) or "", re.A)
+        right = self.right(extract(text, box_anywhere=True), row)
+        return max(0.0, self.form(text) + 0.5 * bool(number) + 2.0 * right)
+
+
+# Data files.
+def json_record(line: str) -> dict:
+    """The record of a line of a .jsonl file."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error})") from None
+    check(isinstance(record, dict), "JSON, but not an object with named values")
+    return record
+
+
+def csv_record(header: list[str], cells: list[str]) -> dict:
+    """The record of a line of a .csv file."""
+    counts = f"{len(cells)} fields under a header of {len(header)}"
+    check(len(cells) == len(header), f"{counts}; a field with a comma in it needs quotes")
+    return dict(zip(header, cells, strict=True))
+
+
+def task_row(task: Task, record: dict) -> dict:
+    """A record as a row of the task: its values under the task's names, checked."""
+    row = {}
+    for key, names in task.columns.items():
+        found = [record[name] for name in names if record.get(name) not in (None, "")]
+        check(bool(found), f"no {' or '.join(names)} among {', '.join(map(str, record))}")
+        row[key] = found[0]
+    return task.clean(row or record)
+
+
+def read_text(path: str) -> str:
+    """A file in UTF-8, with or without the mark that some editors put first."""
+    content = Path(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").rstrip(" \t\n")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: not in the encoding UTF-8") from None
+
+
+def read_rows(path: str, task: str) -> list[dict]:
+    """The checked rows of a .jsonl or .csv file, for one of TASKS."""
+    check(task in TASKS, f"no task {task!r}; expected one of {', '.join(TASKS)}")
+    is_csv = path.endswith(".csv")
+    check(is_csv or path.endswith(".jsonl"), f"{path}: expected a name in .jsonl or .csv")
+    check(Path(path).is_file(), f"{path}: no such file")
+    text = read_text(path)
+    lines = text.split("\n") if text else []
+    table = csv.reader([f"{line}\n" for line in lines], strict=True)
+    rows = []
+    line = 1
+    try:
+        header = [name.strip() for name in next(table, [])] if is_csv else []
+        check(len({*header}) == len(header), "two columns of the header have the same name")
+        line += table.line_num
+        for cells in table if is_csv else lines:
+            record = csv_record(header, cells) if is_csv else json_record(cells)
+            rows.append(task_row(TASKS[task], record))
+            line = 1 + (table.line_num if is_csv else len(rows))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from None
+    check(bool(rows), f"{path} holds no rows")
+    return rows
