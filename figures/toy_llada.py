@@ -26,7 +26,7 @@ from pathlib import Path
 
 # Threads that wait for each other spin only briefly, so that a busy core does not stop them all.
 # torch reads it when it is imported.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import torch
 import torch.nn.functional as F
