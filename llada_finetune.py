@@ -203,8 +203,8 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
         score_phase(run, watch)
         run.save()
         run.leave_if_stopped()
-    if not run.valid:
-        run.say("no validation rows: RUN/best is the last phase")
+    chosen = "" if run.valid else "; no validation rows: RUN/best is the last phase"
+    run.say(f"done: a = {state.a:g}, best phase {state.best_phase}{chosen}")
 
 
 def choose_h(buffer: "Buffer", a: float, cfg: Config) -> float:
@@ -585,7 +585,8 @@ class Run:
             write(half / MANIFEST, sums)
             shutil.rmtree(self.out / name, ignore_errors=True)
             half.replace(self.out / name)
-            for old in checkpoints(self.out)[:-2]:
+            whole = [path for path in checkpoints(self.out) if (path / MANIFEST).is_file()]
+            for old in whole[:-2]:
                 shutil.rmtree(old)
             self.keep_best()
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
