@@ -69,49 +69,49 @@ class Config:
     """The settings of a run; each is a flag. Defaults are the release's for Sudoku, and a task's
     `preset` says what it changes."""
 
-    task: str = option("sudoku", "name of the task")
+    task: str = option("sudoku", "sudoku, countdown, math, gsm8k or your class, in lower case")
     model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint folder or hub id")
     out: str = option("", "folder of the run (runs/TASK-SEED), or of the scores (ADAPTER-eval)")
-    seed: int = option(42, "rank k uses seed + k")
-    data: str = option("", "FILE.jsonl or .csv of training and (a tenth) validation rows")
+    seed: int = option(42, "of masks, tokens, dropout; rank k uses seed + k")
+    data: str = option("", "FILE.jsonl or .csv; a tenth validates; empty: the task's own rows")
     test_data: str = option("", "FILE.jsonl or .csv of test rows; empty: the task's own")
     # the tilt
-    h: float = option(5.0, "tilt increment of a phase; with --ess the largest one")
-    a_end: float = option(100.0, "tilt A at which the run ends")
-    ess: float = option(0.0, "choose h by this effective sample size, a share; 0: h is fixed")
+    h: float = option(5.0, "tilt increment of a phase, per unit of reward; with --ess the largest")
+    a_end: float = option(100.0, "tilt A at which the run ends, per unit of reward")
+    ess: float = option(0.0, "choose h by this effective sample size, a share of 1; 0: h is fixed")
     c: str = option("1", "control variate: a number, best (scalar) or learned, c(xt, i)")
-    normalize: str = option("none", "weights over their mean: none, batch (all ranks) or group")
+    normalize: str = option("none", "weights over a mean: none, batch (all ranks), group (prompt)")
     steps_per_h: int = option(256, "optimiser steps of a phase")
     # the buffer of a rank
-    prompts: int = option(80, "prompts in the buffer")
+    prompts: int = option(80, "prompts in each rank's buffer")
     completions: int = option(1, "answers to a prompt")
-    refresh: int = option(20, "prompts renewed at a time")
+    refresh: int = option(20, "prompts of each rank renewed at a time; 0: none")
     refresh_steps: int = option(32, "optimiser steps between renewals; 0: none")
     # decoding
-    chunk: int = option(16, "answers decoded at once")
+    chunk: int = option(16, "answers that a rank decodes at once; fewer take less memory")
     gen_length: int = option(256, "tokens of an answer")
     block: int = option(32, "tokens of a block, in decoding and in masking")
-    steps: int = option(128, "network evaluations of an answer of --gen_length")
-    temperature: float = option(0.0, "of rollouts")
-    order: str = option("confidence", "of rollouts; random and state, by certainty, keep the law")
+    steps: int = option(128, "network evaluations of an answer; as many as tokens: one a step")
+    temperature: float = option(0.0, "of rollouts; 1: draws from the model, 0: the likeliest token")
+    order: str = option("confidence", "of rollouts: confidence, state (by certainty) or random")
     prompt_length: int = option(1132, "longest prompt, tokens; longer ones are skipped, counted")
     # the optimiser
-    batch: int = option(4, "answers in a forward pass")
+    batch: int = option(4, "answers in a rank's forward pass")
     accum: int = option(16, "forward passes of an optimiser step")
     lr: float = option(3e-6, "learning rate, reached after 5 % of a phase")
     lr_min: float = option(1e-6, "learning rate after its fall over the last 10 % of a phase")
     weight_decay: float = option(0.1, "AdamW's; its betas are .9 and .99")
-    clip: float = option(1.0, "largest gradient norm")
+    clip: float = option(1.0, "largest gradient norm, over all of the adapter")
     ema: float = option(0.0, "decay a step of the student's average, the next teacher; 0: off")
     # the adapter
     lora: str = option("all", "adapted maps: all seven of a block, or paper, the release's four")
     rank: int = option(128, "LoRA rank")
     alpha: float = option(64.0, "LoRA alpha; the adapter is scaled by alpha / rank")
-    dropout: float = option(0.05, "LoRA dropout")
+    dropout: float = option(0.05, "LoRA dropout, a probability")
     checkpointing: bool = option(True, "recompute activations: more time, far less memory")
     # bookkeeping
-    save_every: int = option(100, "optimiser steps between checkpoints")
-    eval_rows: int = option(128, "validation rows decoded after a phase, to choose RUN/best")
+    save_every: int = option(100, "optimiser steps between checkpoints; one more after a phase")
+    eval_rows: int = option(128, "validation rows that choose RUN/best after a phase; 0: its last")
 
 
 CHOICES = {
@@ -1398,20 +1398,20 @@ def make_parser() -> argparse.ArgumentParser:
 
     tune = add_action("train", "start a run, or go on with the one in --out (the default)")
     add_settings(tune, without=("test_data",))
-    scores = add_action("eval", "score the test rows, decoded at temperature 0")
+    scores = add_action("eval", "score test rows at temperature 0, with the settings of the run")
     scores.add_argument("--adapter", type=Path, help="PEFT folder, such as RUN/best (none: base)")
-    lengths = "answer lengths, tokens (the task's, and twice that)"
+    lengths = "answer lengths, tokens (the run's, and twice that)"
     scores.add_argument("--lengths", type=int, nargs="+", metavar="L", help=lengths)
     add_settings(scores, only=("task", "model", "out", "test_data", "chunk", "block", "steps"))
     whole = add_action("merge", "write a base model with an adapter merged in, as a checkpoint")
     whole.add_argument("folder", type=Path, metavar="OUT", help="new folder")
-    whole.add_argument("--adapter", type=Path, required=True, help="PEFT folder")
+    whole.add_argument("--adapter", type=Path, required=True, help="PEFT folder, as RUN/best")
     whole.add_argument("--model", default="", help="its base (the one that the adapter names)")
     return parser
 
 
-def add_settings(parser: argparse.ArgumentParser, only: tuple = (), without: tuple = ()) -> None:
-    """Flags for these settings, or for all, with every task's defaults."""
+def add_settings(parser: argparse.ArgumentParser, only=(), without=(), own=None) -> None:
+    """Flags for these settings, or for all, with every task's defaults or a script's own."""
     for f in fields(Config):
         if f.name in without or (only and f.name not in only):
             continue
@@ -1419,11 +1419,12 @@ def add_settings(parser: argparse.ArgumentParser, only: tuple = (), without: tup
         for name, task in TASKS.items():
             if task.preset.get(f.name, f.default) != f.default:
                 shown += f"; {name}: {task.preset[f.name]}"
+        shown = str((own or {}).get(f.name, shown))
         kind = {"type": f.type, "metavar": "X"}
         if f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         flags = dict.fromkeys([f"--{f.name}", f"--{f.name.replace('_', '-')}"])
-        text = f"{f.metadata['help']} [{shown}]".replace("%", "%%")
+        text = f"{f.metadata['help']} [{shown}]".removesuffix(" []").replace("%", "%%")
         parser.add_argument(*flags, default=argparse.SUPPRESS, help=text, **kind)
 
 

@@ -137,8 +137,10 @@ def optimiser_step(run: llada.Run, student: nn.Module) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="DMPO on LLaDA.", allow_abbrev=False)
-    parser.add_argument("--rounds", type=int, default=1000, help="of 8 steps each (default 1000)")
-    llada.add_settings(parser, only=FLAGS)
+    parser.add_argument(
+        "--rounds", type=int, default=1000, help="rounds of 8 optimiser steps (default 1000)"
+    )
+    llada.add_settings(parser, only=FLAGS, own=SETTINGS | {"lr": "1e-6, constant"})
     given = vars(parser.parse_args(argv))
     tune(llada.open_run(SETTINGS | {"a_end": float(given.pop("rounds"))} | given, llada.Ranks()))
 

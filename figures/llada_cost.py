@@ -188,7 +188,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tflops", type=float, default=None, help=attained)
     measure = "time this machine instead, one process, with random weights of the 8B shape"
     parser.add_argument("--bench", action="store_true", help=measure)
-    llada.add_settings(parser, only=("task", "out", *BENCH_SETTINGS, *COUNTED))
+    flags = ("task", "out", *BENCH_SETTINGS, *COUNTED)
+    llada.add_settings(parser, only=flags, own={"out": "runs/bench, of --bench"})
     given = vars(parser.parse_args(argv))
     measured, gpus, tflops = given.pop("bench"), given.pop("gpus"), given.pop("tflops")
     cfg = llada.make_config(**given)
@@ -200,10 +201,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check("out" not in given, "--out goes with --bench")
         config = toy_llada.SIZE if cfg.task == "toy" else llada.CONFIG_8B
-        if Path(cfg.model).is_dir():
+        if cfg.model and Path(cfg.model).is_dir():
             config = llada.read_json(Path(cfg.model) / "config.json")
         config = llada.check_model_config(config)
-        result = plan(cfg, config, 8 if gpus is None else gpus, tflops or 400.0)
+        result = plan(cfg, config, 8 if gpus is None else gpus, 400.0 if tflops is None else tflops)
     text = json.dumps(result)
     print(json.dumps(json.loads(text, parse_float=four_digits), indent=1))
 

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -230,7 +231,8 @@ def collect(runs: list[Path]) -> dict:
         check(bool(log), f"{run} holds no metrics.jsonl; expected the folder of a run")
         settings = llada.read_json(run / "config.json")
         found.append({"run": run.name, "settings": settings, "log": log})
-    return {"command": "python -m figures.toy_llada --draw", "runs": found}
+    command = " ".join(["python -m figures.toy_llada", *sys.argv[1:]])
+    return {"command": command, "runs": found}
 
 
 def series(run: dict, key: str, kind: str, by: str) -> tuple[list[float], list[float]]:
@@ -276,7 +278,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help="only draw these runs")
     to = "figure of --draw, without suffix (default figures/toy)"
     parser.add_argument("--to", type=Path, default=None, help=to)
-    llada.add_settings(parser, without=("task",))
+    shared = {name: f"{Toy.preset[name]} over all ranks" for name in ("prompts", "batch")}
+    own = vars(llada.Config()) | Toy.preset | shared
+    own |= {"model": "made in OUT/base", "out": "runs/toy-SEED"}
+    llada.add_settings(parser, without=("task",), own=own)
     given = vars(parser.parse_args(argv))
     runs, to = given.pop("draw"), given.pop("to")
     if runs is None:

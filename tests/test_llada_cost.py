@@ -70,6 +70,7 @@ def test_a_bench_rolls_out_trains_and_resumes(tmp_path, monkeypatch, capsys):
         pytest.param(["--out", "x"], "goes with --bench", id="a bench's flag"),
         pytest.param(["--gpus", "0"], "must be positive", id="no GPU"),
         pytest.param(["--task", "chess"], "expected one of", id="no task"),
+        pytest.param(["--tflops", "0"], "must be positive", id="no rate"),
     ],
 )
 def test_no_flag_is_ignored(words, message):
