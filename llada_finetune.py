@@ -679,8 +679,8 @@ def read_log(out: Path) -> list[dict]:
     """The records of a run; a killed one may end in half a line."""
     if not (out / "metrics.jsonl").is_file():
         return []
-    lines = (out / "metrics.jsonl").read_text().split("\n")
-    return [json.loads(line) for line in lines[:-1]]
+    with explained(f"{out / 'metrics.jsonl'} is damaged; mend or remove it", ValueError):
+        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
 
 
 def open_run(given: dict, ranks: "Ranks") -> Run:
@@ -1490,7 +1490,7 @@ def run_as_script(main: Callable[[], None]) -> None:
         sys.exit(
             f"out of device memory ({str(error)[:90]}): {advice}; the last checkpoint is whole"
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on from the last checkpoint")

@@ -33,12 +33,18 @@ def braced(text: str, start: int) -> str | None:
 
 
 def last_box(text: str) -> str | None:
-    """The content of the last \\boxed{...} whose braces balance."""
-    for box in reversed([*re.finditer(r"\\boxed\s*\{", text)]):
-        inside = braced(text, box.end() - 1)
-        if inside is not None:
-            return inside.strip()
-    return None
+    """The content of the last \\boxed{...} whose braces balance, in one pass over the text."""
+    starts = {box.end() - 1 for box in re.finditer(r"\\boxed\s*\{", text)}
+    opened = []
+    last = (-1, -1)
+    for brace in re.finditer("[{}]", text):
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            start = opened.pop()
+            if start in starts:
+                last = max(last, (start, brace.start()))
+    return text[last[0] + 1 : last[1]].strip() if last[0] >= 0 else None
 
 
 def extract(text: str, box_anywhere: bool = False) -> str | None:
@@ -300,7 +306,7 @@ def hopeless(text: str) -> bool:
     """Whether powers, factorials or binomials are larger than those of any sensible answer."""
     if text.count("(") + text.count("{") > 40:
         return True
-    if re.search(r"\d{3}\s*!|[^\d\s]\s*!|binom.*\d{4}", text):
+    if re.search(r"[\d.]{3}\s*!|[^\d\s]\s*!|binom.*\d{4}", text):
         return True
     tower = 1
     for power in re.finditer(r"([)}\]|]?)\s*\^\s*", text):

@@ -360,9 +360,10 @@ class GSM8K(Math):
             score += 0.125 * (alone is not None and text.count(tag) == 1)
         if "</answer>" in text:
             score -= 0.001 * len(text.rpartition("</answer>")[2].strip())
-        soft = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
         strict = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
-        score += 0.5 * bool(re.search(soft, text, re.S))
+        opened = text.partition("<reasoning>")[2]
+        answer = re.split(r"</reasoning>\s*<answer>", opened, maxsplit=1)[1:]
+        score += 0.5 * any("</answer>" in part for part in answer)
         return score + 0.5 * bool(re.fullmatch(strict, text.strip(), re.S))
 
     def reward(self, text, row):
