@@ -140,7 +140,7 @@ def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
     """The 8B shape with random weights (on a CPU the toy's, to see that it runs): one buffer rolled
     out, ten steps, checkpoint and resume; rates as shares of a large matrix product's."""
     config = llada.CONFIG_8B if ranks.cuda else toy_llada.SIZE
-    rate = matmul_rate(ranks, 8192 if ranks.cuda else 1024)
+    rate = matmul_rate(ranks, 8192 if ranks.cuda else 512)
     out = Path(cfg.out)
     if not (out / "base" / "config.json").exists():
         make_random_base(out / "base", config, ranks)

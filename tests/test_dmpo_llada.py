@@ -17,7 +17,8 @@ def base(tmp_path_factory):
 
 
 def dmpo_run(base, out, **more) -> llada.Run:
-    settings = dmpo.SETTINGS | {"a_end": 2.0, "lr": 0.01, "steps": 4, "clip": 9.0} | more
+    quick = {"a_end": 2.0, "lr": 0.01, "steps": 4, "clip": 9.0, "batch": 16, "chunk": 64}
+    settings = dmpo.SETTINGS | quick | more
     return llada.open_run(given(base, out, **settings), Ranks())
 
 
