@@ -157,8 +157,8 @@ def check_settings(cfg: Config) -> None:
     check(cfg.refresh <= cfg.prompts, f"--refresh {cfg.refresh} exceeds --prompts {cfg.prompts}")
     alone = cfg.normalize == "group" and cfg.completions == 1
     check(not alone, "--normalize group divides a prompt's only weight by itself: --completions 2")
-    off = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
-    check(off, "--refresh and --refresh_steps are both 0, or neither")
+    both_or_neither = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
+    check(both_or_neither, "--refresh and --refresh_steps are both 0, or neither")
     if cfg.normalize == "none" and not cfg.ess:  # what overflows is said before the first rollout
         tilt_weight(torch.tensor([TASKS[cfg.task].top]), cfg.h)
 
@@ -467,8 +467,6 @@ class Run:
         self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype)
         self.model.checkpointing = cfg.checkpointing
         self.inputs = {"base": "", "rows": digest(rows), "valid": digest(valid)}
-        if ranks.rank == 0:
-            self.inputs["base"] = fingerprint(folder)
         self.student = self.new_adapter()
         self.teacher = self.new_adapter().eval().to(ranks.dtype).requires_grad_(False)
         self.model.adapters.update({"student": self.student, "teacher": self.teacher})
@@ -598,7 +596,7 @@ class Run:
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """Goes back to a checkpoint; the log forgets what came after it."""
+        """Goes back to a checkpoint."""
         self.state = State(**read_json(folder / "state.json"))
         was, now = self.state.ranks, self.ranks.size
         check(was == now, f"{self.out} ran on {was} ranks, now there are {now}; resume with {was}")
@@ -693,6 +691,8 @@ def open_run(given: dict, ranks: "Ranks") -> Run:
     run = Run(cfg, ranks, rows, task_rows(cfg, "valid")[: cfg.eval_rows])
     count = sum(p.numel() for p in run.student.parameters())
     run.say(f"LoRA on {', '.join(run.student.maps)}: {count:,} trainable parameters")
+    if ranks.rank == 0:  # scores alone do without reading the whole base once more
+        run.inputs["base"] = fingerprint(locate(cfg.model))
     ranks.wait()  # every rank has looked for the file
     if saved is None:
         if ranks.rank == 0:

@@ -89,11 +89,9 @@ def bounds(run: llada.Run) -> dict[str, Tensor]:
     return found
 
 
-def antithetic_masks(x1: Tensor, run: llada.Run) -> list[Tensor]:
-    """Four masks (B, L): two draws and their complements, which may be empty."""
-    mask_id = run.model.config["mask_token_id"]
-    draws = [objectives.mask_bernoulli(x1, mask_id, run.generator)[1] for _ in range(2)]
-    return [*draws, *[~mask for mask in draws]]
+def antithetic_masks(x1: Tensor, run: llada.Run) -> Tensor:
+    """Four masks (4, B, L), as in the lab."""
+    return objectives.antithetic_masks(x1, run.generator, run.model.config["mask_token_id"])
 
 
 def hidden_log(run: llada.Run, model: nn.Module, part: list[int], mask: Tensor) -> Tensor:

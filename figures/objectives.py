@@ -409,10 +409,10 @@ def dmpo_loss(logits: Tensor, x1: Tensor, weight: Tensor) -> Tensor:
     return dtm.c_dtm_loss(logits, logits, x1, weight, c=0.0)
 
 
-def antithetic_masks(x: Tensor, noise: Generator) -> Tensor:
+def antithetic_masks(x: Tensor, noise: Generator, mask_id: int = MASK) -> Tensor:
     """Two pairs of masks (4, B, L): draws of `mask_bernoulli` and their complements, which may be
     empty."""
-    masks = [mask_bernoulli(x, MASK, noise)[1] for _ in range(2)]
+    masks = [mask_bernoulli(x, mask_id, noise)[1] for _ in range(2)]
     return torch.stack([*masks, *[~mask for mask in masks]])
 
 
