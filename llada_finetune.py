@@ -178,7 +178,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     checkpoint."""
     cfg, state, buffer = run.cfg, run.state, run.buffer
     student = parallel(run.model, run.ranks)
-    signal.signal(signal.SIGTERM, run.ask_to_stop)
+    handler = signal.signal(signal.SIGTERM, run.ask_to_stop)
     if state.total == 0:
         score_phase(run, watch)
     run.keep_best()
@@ -205,6 +205,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
         run.leave_if_stopped()
     chosen = "" if run.valid else "; no validation rows: RUN/best is the last phase"
     run.say(f"done: a = {state.a:g}, best phase {state.best_phase}{chosen}")
+    signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
 
 
 def choose_h(buffer: "Buffer", a: float, cfg: Config) -> float:
@@ -1486,10 +1487,8 @@ def run_as_script(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
         advice = "keep --checkpointing, lower --chunk and go on with the same command"
-        advice += ", or lower --batch with another --out"
-        sys.exit(
-            f"out of device memory ({str(error)[:90]}): {advice}; the last checkpoint is whole"
-        )
+        advice += ", or lower --batch with another --out; the last checkpoint is whole"
+        sys.exit(f"out of device memory ({str(error)[:90]}): {advice}")
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
     except KeyboardInterrupt:

@@ -38,7 +38,7 @@ def tune(run: llada.Run) -> None:
     """Rounds, counted by a, from wherever `run` stands; scores and checkpoints between rounds."""
     cfg, state = run.cfg, run.state
     student = llada.parallel(run.model, run.ranks)
-    signal.signal(signal.SIGTERM, run.ask_to_stop)
+    handler = signal.signal(signal.SIGTERM, run.ask_to_stop)
     if state.total == 0:
         llada.score_phase(run, None)
     run.keep_best()
@@ -56,6 +56,7 @@ def tune(run: llada.Run) -> None:
             llada.score_phase(run, None)
             run.save()
             run.leave_if_stopped()
+    signal.signal(signal.SIGTERM, handler)
 
 
 def begin_round(run: llada.Run) -> None:

@@ -1,6 +1,7 @@
 """What a run costs: counts against the published ones, a bench at small size, flags in order."""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -52,7 +53,9 @@ def test_a_bench_rolls_out_trains_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     small = {"prompt_length": 20, "gen_length": 8, "block": 8, "steps": 8, "chunk": 4}
     words = [f"--{name}={value}" for name, value in (small | {"batch": 2, "accum": 1}).items()]
+    handler = signal.getsignal(signal.SIGTERM)
     llada_cost.main(["--bench", "--out", str(tmp_path), *words])
+    assert signal.getsignal(signal.SIGTERM) == handler  # training gives it back
     written = json.loads((tmp_path / "bench.json").read_text())
     assert written["step_seconds"] > 0 < written["rollout_seconds"]
     assert written["settings"]["steps_per_h"] == 10
