@@ -10,7 +10,7 @@ The same `train` command starts a run and goes on with it. On several nodes add 
 LLaDA made there: python -m figures.toy_llada. GB and hours beforehand: python -m figures.llada_cost
 
 CONTENTS   1 settings   2 the loop   3 the buffer   4 the control variate   5 a run, its checkpoints
-6 scores   7 the model   8 adapters   9 text   10 processes and files   11 command line
+6 scores   7 the model   8 adapters   9 text in, text out   10 command line
 A task (rows, prompt, reward) is one class, see `figures/tasks.py`; write yours there or below.
 
 FOUR FACTS ABOUT LLADA: attention sees both sides, and logits at position t predict token t. Padding
@@ -25,7 +25,6 @@ beside their name and renamed. Symbols and equations (D1), (D2), ... are those o
 import argparse
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -36,22 +35,22 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Generator, Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import dtm
-from dtm import c_dtm_loss, check, mask_blockwise, row_mean, tilt_weight
+from dtm import c_dtm_loss, check, mask_blockwise, tilt_weight
+from figures import files
+from figures.llada_shape import ADAPTED, MAPS, check_model_config, choose_pass, map_shape
+from figures.processes import Ranks, Stopped, run_as_script
 from figures.tasks import TASKS, Task, cut, read_rows
 
 Device = torch.device | str
@@ -108,7 +107,11 @@ class Config:
     rank: int = option(128, "LoRA rank")
     alpha: float = option(64.0, "LoRA alpha; the adapter is scaled by alpha / rank")
     dropout: float = option(0.05, "LoRA dropout, a probability")
-    checkpointing: bool = option(True, "recompute activations: more time, far less memory")
+    # time and memory
+    checkpointing: str = option("auto", "recompute activations: on, off, or if memory is short")
+    compile: bool = option(False, "torch.compile the blocks; needs a GPU")
+    cache: str = option("off", "decode with keys and values of a block's first step: prefix, dual")
+    past_end: bool = option(False, "decode past an end token and train there, as published")
     # bookkeeping
     save_every: int = option(100, "optimiser steps between checkpoints; one more after a phase")
     eval_rows: int = option(128, "validation rows that choose RUN/best after a phase; 0: its last")
@@ -118,11 +121,13 @@ CHOICES = {
     "normalize": ("none", "batch", "group"),
     "order": ("confidence", "state", "random"),
     "lora": ("all", "paper"),
+    "checkpointing": ("auto", "on", "off"),
+    "cache": ("off", "prefix", "dual"),
 }
 MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "temperature", "lr_min"}
 MAY_BE_ZERO |= {"weight_decay", "ema", "dropout", "eval_rows"}
 # In a run that goes on: no mathematics, or (model, data) files whose content is compared.
-MAY_CHANGE = {"out", "model", "data", "chunk", "checkpointing", "save_every"}
+MAY_CHANGE = {"out", "model", "data", "chunk", "checkpointing", "compile", "save_every"}
 
 
 def make_config(**given) -> Config:
@@ -178,34 +183,28 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     checkpoint."""
     cfg, state, buffer = run.cfg, run.state, run.buffer
     student = parallel(run.model, run.ranks)
-    handler = signal.signal(signal.SIGTERM, run.ask_to_stop)
-    if state.total == 0:
-        score_phase(run, watch)
-    run.keep_best()
-    while cfg.a_end - state.a > 1e-9 * cfg.a_end:
-        if state.step == 0:  # a new phase: rollouts of its teacher, then its h
-            buffer.data = {}
-            buffer.fill(cfg.prompts)
-            state.h = choose_h(buffer, state.a, cfg)
-            run.lap("rollout")
-        with run.progress_bar() as bar:
-            while state.step < cfg.steps_per_h:
-                if cfg.refresh and state.step and state.step % cfg.refresh_steps == 0:
-                    buffer.fill(cfg.refresh)
-                    run.lap("rollout")
-                optimiser_step(run, student)
-                bar.update()
-                due = run.stop or state.total % cfg.save_every == 0
-                if due and state.step < cfg.steps_per_h:
-                    run.save()
-                    run.leave_if_stopped()
-        run.end_phase()  # teacher <- student or its average; a <- a + h; step <- 0
-        score_phase(run, watch)
-        run.save()
-        run.leave_if_stopped()
+    with run.saved_when_stopped():
+        if not state.scored:
+            score_phase(run, watch)
+        run.keep_best()
+        while cfg.a_end - state.a > 1e-9 * cfg.a_end:
+            if state.step == 0:  # a new phase: rollouts of its teacher, then its h
+                buffer.data = {}
+                run.fill_buffer(cfg.prompts)
+                state.h = choose_h(buffer, state.a, cfg)
+            with run.progress_bar() as bar:
+                while state.step < cfg.steps_per_h:
+                    if cfg.refresh and state.step and state.step % cfg.refresh_steps == 0:
+                        run.fill_buffer(cfg.refresh)
+                    optimiser_step(run, student)
+                    bar.update()
+                    if state.total % cfg.save_every == 0 and state.step < cfg.steps_per_h:
+                        run.save()
+            run.end_phase()  # teacher <- student or its average; a <- a + h; step <- 0
+            score_phase(run, watch)
+            run.save()
     chosen = "" if run.valid else "; no validation rows: RUN/best is the last phase"
     run.say(f"done: a = {state.a:g}, best phase {state.best_phase}{chosen}")
-    signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
 
 
 def choose_h(buffer: "Buffer", a: float, cfg: Config) -> float:
@@ -225,20 +224,23 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 def optimiser_step(run: "Run", student: nn.Module) -> None:
     """One step of AdamW on `batch` x `accum` answers of each rank's buffer, and its record."""
-    cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
-    w = buffer.weights(state.h).to(ranks.device, torch.float32)
-    parts = buffer.draw(cfg.batch * cfg.accum, cfg.batch)
+    cfg, state, ranks = run.cfg, run.state, run.ranks
+    w = run.buffer.weights(state.h).to(ranks.device, torch.float32)
+    passes = masked_answers(run)
     run.student.train()
-    terms = torch.zeros(3, dtype=torch.float64, device=ranks.device)
-    for i, part in enumerate(parts):
-        last = i + 1 == len(parts)
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    for i, (part, xt, mask) in enumerate(passes):
+        last = i + 1 == len(passes)
+        if ranks.asked and not last:  # SIGTERM: nothing of this step will stay
+            continue
         together = contextlib.nullcontext() if last or ranks.size == 1 else student.no_sync()
         with together:  # ranks exchange gradients once a step
-            loss, part_terms = loss_terms(run, student, part, w[part])
-            (loss / len(parts)).backward()
-        terms += part_terms / len(parts)
+            loss, part_sums = loss_sum(run, student, part, xt, mask, w[part])
+            (loss / (cfg.batch * cfg.accum)).backward()
+        sums += part_sums
+    ranks.stop_together()
     norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
-    finite = math.isfinite(norm) and bool(terms.isfinite().all())
+    finite = math.isfinite(norm) and bool(sums.isfinite().all())
     where = f"the loss is not finite at step {state.total + 1}, rank {ranks.rank}"
     advice = "start another --out with a lower --lr or --h, or with --normalize batch"
     check(finite, f"{where}; the last checkpoint is whole. If it comes again, {advice}")
@@ -251,34 +253,50 @@ def optimiser_step(run: "Run", student: nn.Module) -> None:
         run.average[name].lerp_(p.detach(), 1 - cfg.ema)
     state.step += 1
     state.total += 1
-    run.log_step(terms, grad_norm=norm, lr=rate)
+    run.mark()
+    run.log_step(sums, grad_norm=norm, lr=rate)
 
 
-def loss_terms(run: "Run", student: nn.Module, part: list[int], w: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of one forward pass over the buffer's answers `part`, with weights w (B,); beside
-    it, for the log, [loss, KL(pi_a || pi_theta), mean c] in float64."""
+def masked_answers(run: "Run") -> list[tuple]:
+    """A step's answers (rows of the buffer), xt and mask (B, L), in passes of run.batch. Those with
+    an active block past their end are left out: they have no loss, but count in the mean."""
+    cfg, buffer = run.cfg, run.buffer
+    drawn = buffer.draw(cfg.batch * cfg.accum)
+    x1 = buffer.data["x1"][drawn]
+    xt, mask = mask_blockwise(x1, run.model.config["mask_token_id"], cfg.block, run.generator)
+    if not cfg.past_end:
+        mask = mask & reached(x1, cfg.block, torch.tensor(run.text.ends, device=x1.device))
+    trained = mask.any(1)
+    trained[0] |= ~trained.any()  # every rank takes part in the exchange of gradients
+    left = trained.nonzero()[:, 0].tolist()
+    parts = [left[i : i + run.batch] for i in range(0, len(left), run.batch)]
+    return [([drawn[i] for i in part], xt[part], mask[part]) for part in parts]
+
+
+def loss_sum(
+    run: "Run", student: nn.Module, part: list[int], xt: Tensor, mask: Tensor, w: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss of the buffer's answers `part`, masked as xt, mask (B, L), with weights w (B,), summed
+    over answers, each its mean over masked positions (`dtm.row_mean`). Beside it, for the log,
+    float64 sums of [loss, KL(pi_a || pi_theta)] over answers and of [c, 1] over positions."""
     model, data = run.model, run.buffer.data
-    x1 = data["x1"][part]  # (B, L)
-    mask_id = model.config["mask_token_id"]
-    xt, mask = mask_blockwise(x1, mask_id, run.cfg.block, run.generator)
-    prompts = run.buffer.prompts(data["row"][part].tolist())
-    inputs = canvas(*prompts, xt, mask)
+    inputs = canvas(*run.buffer.prompts(data["row"][part].tolist()), xt, mask)
     with torch.no_grad():
         logits_a, hidden = model.use("teacher")(*inputs, hidden=True)  # (M, V), (M, d)
     model.use("student")
     logits = student(*inputs)  # (M, V)
-    tokens = x1[mask]  # (M,)
+    tokens = data["x1"][part][mask]  # (M,)
     w = w[:, None].expand_as(mask)[mask]  # (M,)
+    share = (1 / mask.sum(1, keepdim=True)).expand_as(mask)[mask]  # (M,)
     c = run.control(hidden)  # (M,)
-    loss = row_mean(c_dtm_loss(logits, logits_a, tokens, w, c), mask)
+    loss = (share * c_dtm_loss(logits, logits_a, tokens, w, c)).sum()
     with torch.no_grad():
-        share = (1 / mask.sum(1, keepdim=True)).expand_as(mask)[mask]  # (M,)  row_mean's 1/k
         run.control.observe(hidden, logits, logits_a, tokens, w, share)
         log_p = logits.float().log_softmax(-1)
         log_a = logits_a.float().log_softmax(-1)
         kl = F.kl_div(log_p, log_a, reduction="none", log_target=True).sum(-1)
-        terms = torch.stack([loss, row_mean(kl, mask), c.mean()]).double()
-    return loss, terms
+        sums = torch.stack([loss, (share * kl).sum(), c.sum(), mask.sum()]).double()
+    return loss, sums
 
 
 def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
@@ -296,6 +314,7 @@ def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
                 state.best_phase = state.phase
     if watch:
         watch(run)
+    state.scored = True
     run.lap("eval")
 
 
@@ -303,7 +322,7 @@ def score_phase(run: "Run", watch: Callable[["Run"], None] | None) -> None:
 class Buffer:
     """A rank's rollouts: prompts `row` (N,), answers x1 (N, L), rewards r and `solved` (N,)."""
 
-    def __init__(self, cfg: Config, ranks: "Ranks", text: "Text", model: "LLaDA", rows: list[dict]):
+    def __init__(self, cfg: Config, ranks: Ranks, text: "Text", model: "LLaDA", rows: list[dict]):
         few = f"{ranks.size} ranks share {len(rows)} prompts; start fewer ranks or give more rows"
         check(len(rows) >= ranks.size, few)
         self.cfg, self.ranks, self.text = cfg, ranks, text
@@ -357,7 +376,8 @@ class Buffer:
         task: Task = TASKS[self.cfg.task]
         prompts = [self.prompt(row) for row in rows]
         model, quiet = self.model.use("teacher"), self.ranks.rank > 0
-        x1 = decode(model, prompts, self.cfg, self.generator, quiet, ban_mask=True)
+        with self.ranks.stoppable(model):
+            x1 = decode(model, self.text, prompts, self.cfg, self.generator, quiet, ban=True)
         grades = []
         for row, answer in zip(rows, x1.tolist(), strict=True):
             grades.append(task.grade(self.text.answer(answer), self.rows[row]))
@@ -372,12 +392,12 @@ class Buffer:
             return tilt_weight(self.everywhere("r"), h, True)[start : start + len(r)]
         return tilt_weight(r, h, normalize == "group", self.data["row"])
 
-    def draw(self, count: int, batch: int) -> list[list[int]]:
-        """`count` different answers at random, in batches of near prompt length."""
+    def draw(self, count: int) -> list[int]:
+        """`count` different answers at random, neighbours in length of prompt."""
         device = self.ranks.device
         order = torch.randperm(len(self.data["r"]), generator=self.generator, device=device)
         rows = self.data["row"].tolist()
-        return by_length(order[:count].tolist(), batch, key=lambda i: len(self.prompt(rows[i])))
+        return sorted(order[:count].tolist(), key=lambda i: len(self.prompt(rows[i])))
 
     def everywhere(self, key: str) -> Tensor:
         """(ranks N,): a column of all ranks' buffers."""
@@ -430,11 +450,14 @@ class ControlVariate:
             weighted = ((q * share**2)[:, None] * phi).T.double()
             self.new += weighted @ torch.cat([phi, y[:, None].float()], 1).double()
 
-    def fit(self, ranks: "Ranks") -> None:
+    def fit(self, ranks: Ranks) -> None:
         """After a step, so that c never depends on the batch it serves; alike on all ranks."""
         if self.fitted:
             self.past = 0.95 * self.past + ranks.gather(self.new[None]).sum(0)
-            self.new = torch.zeros_like(self.past)
+            self.forget_step()
+
+    def forget_step(self) -> None:
+        self.new = torch.zeros_like(self.past)
 
 
 # ---- 5. A run and its checkpoints ---------------------------------------------------------------
@@ -449,25 +472,29 @@ class State:
     total: int = 0  # steps of all phases
     best: float = -1.0  # share of validation rows solved ...
     best_phase: int = 0  # ... after this phase
+    scored: bool = False  # whether the present teacher is
     ranks: int = 1
 
 
 class Run:
     """Model, adapters, optimiser, buffer, generators, state: all that a run's future depends on."""
 
-    def __init__(self, cfg: Config, ranks: "Ranks", rows: list[dict], valid: list[dict]):
+    def __init__(self, cfg: Config, ranks: Ranks, rows: list[dict], valid: list[dict]):
         self.cfg, self.ranks = cfg, ranks
         self.out = Path(cfg.out)
         self.valid = valid
-        self.asked = False  # by SIGTERM, at this rank
-        self.stop = False  # SIGTERM at any rank, as of the last step; alike on all ranks
+        self.lock = None
+        self.saved = None  # total and scored of the last checkpoint
         self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0}
         self.clock = time.perf_counter()
-        folder = locate(cfg.model)
+        folder = files.locate(cfg.model)
         self.text = Text(folder)
         self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype)
-        self.model.checkpointing = cfg.checkpointing
-        self.inputs = {"base": "", "rows": digest(rows), "valid": digest(valid)}
+        self.batch, self.model.checkpointing = cfg.batch, cfg.checkpointing == "on"
+        if cfg.compile:
+            check(ranks.cuda, "--compile needs a GPU; leave it out here")
+            self.model.compile_blocks()
+        self.inputs = {"base": "", "rows": files.digest(rows), "valid": files.digest(valid)}
         self.student = self.new_adapter()
         self.teacher = self.new_adapter().eval().to(ranks.dtype).requires_grad_(False)
         self.model.adapters.update({"student": self.student, "teacher": self.teacher})
@@ -476,6 +503,7 @@ class Run:
         self.generator = self.buffer.generator
         self.state = State(ranks=ranks.size)
         self.begin_phase()
+        self.mark()
         dtype = str(ranks.dtype).removeprefix("torch.")
         self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
 
@@ -484,6 +512,16 @@ class Run:
         maps = ADAPTED[cfg.lora]
         lora = LoRA(self.model.config, maps, cfg.rank, cfg.alpha, cfg.dropout, cfg.seed)
         return lora.to(self.ranks.device)
+
+    def choose_pass(self, kept: list | None) -> None:
+        """Answers in a forward pass and recomputation, by the memory of the smallest device; a run
+        that goes on keeps them, as the order of sums and of dropout depends on them."""
+        gb = torch.tensor([self.ranks.memory()], device=self.ranks.device)
+        gb = float(self.ranks.gather(gb).min())
+        size = (self.model.config, gb, self.ranks.dtype.itemsize)
+        self.batch, self.model.checkpointing = kept or choose_pass(self.cfg, *size)
+        how = "with" if self.model.checkpointing else "without"
+        self.say(f"{self.batch} answers a pass, {how} recomputation, in {gb:.3g} GB")
 
     def begin_phase(self) -> None:
         """A new optimiser, average and control variate."""
@@ -503,10 +541,53 @@ class Run:
         self.state.a += self.state.h
         self.state.phase += 1
         self.state.step = 0
+        self.state.scored = False
 
-    def ask_to_stop(self, *signal_and_frame) -> None:
-        """What SIGTERM does: the run saves and leaves after the present step."""
-        self.asked = True
+    def fill_buffer(self, count: int) -> None:
+        self.buffer.fill(count)
+        self.mark()
+        self.lap("rollout")
+
+    # SIGTERM.
+    def random_states(self) -> dict[str, Tensor]:
+        """Where this rank's generators and its walk through the prompts stand."""
+        return {
+            "cursor": torch.tensor([self.buffer.cursor, self.buffer.skipped]),
+            "generator": self.generator.get_state(),
+            "torch": (torch.cuda if self.ranks.cuda else torch).get_rng_state(),
+        }
+
+    def set_random_states(self, states: dict[str, Tensor]) -> None:
+        self.buffer.cursor, self.buffer.skipped = states["cursor"].tolist()
+        same = len(states["generator"]) == len(self.generator.get_state())
+        other = "began on another kind of device, whose random numbers this one cannot continue"
+        check(same, f"{self.out} {other}; go on there")
+        self.generator.set_state(states["generator"])
+        (torch.cuda if self.ranks.cuda else torch).set_rng_state(states["torch"])
+
+    def mark(self) -> None:
+        """What has happened so far stays, whenever SIGTERM comes."""
+        self.marked = self.random_states()
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self):
+        """In here SIGTERM undoes a step or rollouts under way, saves and leaves. The folder's lock
+        is given back at the end."""
+        handler = signal.signal(signal.SIGTERM, self.ranks.ask_to_stop)
+        try:
+            yield
+        except Stopped:
+            self.adam.zero_grad()
+            self.control.forget_step()
+            self.set_random_states(self.marked)
+            if self.saved != (self.state.total, self.state.scored):
+                self.save()
+            self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
+            sys.exit(143)
+        finally:
+            signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
+            if self.lock:
+                self.lock.release(force=True)
 
     # The log.
     def say(self, line: str) -> None:
@@ -530,16 +611,21 @@ class Run:
             with open(self.out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(record | {"total": self.state.total}) + "\n")
 
-    def log_step(self, terms: Tensor, **more) -> None:
+    def has_logged(self, record: dict) -> bool:
+        """Whether a record is of this run's past; SIGTERM may have left scores half done."""
+        if record["total"] == self.state.total:
+            return self.state.scored or record["kind"] == "step"
+        return record["total"] < self.state.total
+
+    def log_step(self, sums: Tensor, **more) -> None:
         """A step's record: all ranks' loss, KL to the teacher, c, and what the buffer holds."""
         state, buffer = self.state, self.buffer
-        stop = terms.new_tensor([float(self.asked)])
-        means = self.ranks.gather(torch.cat([terms, stop])[None]).mean(0).tolist()
-        self.stop = means[3] > 0  # one rank's SIGTERM stops all
+        loss, kl, c, positions = self.ranks.gather(sums[None]).sum(0).tolist()
+        answers = self.cfg.batch * self.cfg.accum * self.ranks.size
         r = buffer.everywhere("r")
         self.lap("train")
         record = {"kind": "step", "phase": state.phase, "a": state.a, "h": state.h}
-        record |= dict(zip(("loss", "kl", "c"), means[:3], strict=True))
+        record |= {"loss": loss / answers, "kl": kl / answers, "c": c / max(1, positions)}
         record["ess"] = 1 / float(tilt_weight(r, state.h, True).square().mean())
         record |= {"reward": float(r.mean()), "reward_sd": float(r.std(correction=0))}
         top = TASKS[self.cfg.task].top
@@ -560,34 +646,33 @@ class Run:
 
     def own_tensors(self) -> dict[str, Tensor]:
         """A rank's buffer and generators."""
-        tensors = {f"buffer.{name}": t for name, t in self.buffer.data.items()}
-        tensors["cursor"] = torch.tensor([self.buffer.cursor, self.buffer.skipped])
-        tensors["generator"] = self.generator.get_state()
-        tensors["torch"] = (torch.cuda if self.ranks.cuda else torch).get_rng_state()
-        return tensors
+        buffer = {f"buffer.{name}": t for name, t in self.buffer.data.items()}
+        return buffer | self.random_states()
 
     def save(self) -> None:
         """RUN/step-N, renamed once every rank has written its part; the last two are kept."""
         name = f"step-{self.state.total:07}"
         half = self.out / f".half-{name}"
-        write(half / f"rank{self.ranks.rank}.safetensors", self.own_tensors())
+        files.write(half / f"rank{self.ranks.rank}.safetensors", self.own_tensors())
         if self.ranks.rank == 0:
             self.student.save(half / "adapter", self.cfg.model, self.inputs["base"])
-            write(half / "shared.safetensors", self.shared_tensors())
-            write(half / "state.json", asdict(self.state))
+            files.write(half / "shared.safetensors", self.shared_tensors())
+            files.write(half / "state.json", asdict(self.state))
         self.ranks.wait()
         if self.ranks.rank == 0:
-            files = [path for path in sorted(half.rglob("[!.]*")) if path.is_file()]
-            sums = {str(path.relative_to(half)): file_digest(path) for path in files}
+            paths = [path for path in sorted(half.rglob("[!.]*")) if path.is_file()]
+            sums = {str(path.relative_to(half)): files.file_digest(path) for path in paths}
             all_here = len([*half.glob("rank*")]) == self.ranks.size
             check(all_here, f"{half} lacks a rank's file: all nodes must share the folder --out")
-            write(half / MANIFEST, sums)
+            files.write(half / files.MANIFEST, sums)
             shutil.rmtree(self.out / name, ignore_errors=True)
             half.replace(self.out / name)
-            whole = [path for path in checkpoints(self.out) if (path / MANIFEST).is_file()]
+            found = files.checkpoints(self.out)
+            whole = [path for path in found if (path / files.MANIFEST).is_file()]
             for old in whole[:-2]:
                 shutil.rmtree(old)
             self.keep_best()
+        self.saved = (self.state.total, self.state.scored)
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
 
     def keep_best(self) -> None:
@@ -598,12 +683,13 @@ class Run:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """Goes back to a checkpoint."""
-        self.state = State(**read_json(folder / "state.json"))
+        self.state = State(**files.read_json(folder / "state.json"))
         was, now = self.state.ranks, self.ranks.size
         check(was == now, f"{self.out} ran on {was} ranks, now there are {now}; resume with {was}")
-        own = dict(read_tensors(folder / f"rank{self.ranks.rank}.safetensors"))
-        shared = dict(read_tensors(folder / "shared.safetensors"))
-        self.student.fill(dict(read_tensors(folder / "adapter" / "adapter_model.safetensors")))
+        own = dict(files.read_tensors(folder / f"rank{self.ranks.rank}.safetensors"))
+        shared = dict(files.read_tensors(folder / "shared.safetensors"))
+        student = files.read_tensors(folder / "adapter" / "adapter_model.safetensors")
+        self.student.fill(dict(student))
         self.teacher.load_state_dict(part_of(shared, "teacher."))
         for name, t in part_of(shared, "average.").items():
             self.average[name].copy_(t)
@@ -614,21 +700,12 @@ class Run:
         self.adam.load_state_dict(adam)
         self.control.past.copy_(shared["control"])
         self.buffer.data = part_of(own, "buffer.")
-        self.buffer.data["x1"] = self.buffer.data["x1"].to(self.ranks.device)
-        self.buffer.cursor, self.buffer.skipped = own["cursor"].tolist()
-        self.generator.set_state(own["generator"])
-        (torch.cuda if self.ranks.cuda else torch).set_rng_state(own["torch"])
+        if self.buffer.data:  # else it stopped in a phase's first rollouts
+            self.buffer.data["x1"] = self.buffer.data["x1"].to(self.ranks.device)
+        self.set_random_states(own)
+        self.mark()
+        self.saved = (self.state.total, self.state.scored)
         self.say(f"resumed {folder}: phase {self.state.phase}, step {self.state.step}")
-
-    def leave_if_stopped(self) -> None:
-        """After a checkpoint; SIGTERM may have come while it was written, or during scores."""
-        asked = torch.tensor([self.asked], device=self.ranks.device)
-        if self.ranks.gather(asked).any():
-            self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
-            sys.exit(143)
-
-
-MANIFEST = "manifest.json"  # a checkpoint's files and their SHA-256
 
 
 def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -636,31 +713,12 @@ def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The folders called step-NNNNNNN, in order."""
-    found = [path for path in out.glob("step-*") if re.fullmatch(r"step-\d{7}", path.name)]
-    return sorted(path for path in found if path.is_dir())
-
-
-def damaged_file(folder: Path) -> str:
-    """The first file that is not as the manifest says; empty if all are."""
-    try:
-        sums = read_json(folder / MANIFEST)
-    except ValueError:
-        return MANIFEST
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file() or file_digest(path) != expected:
-            return name
-    return ""
-
-
 def last_checkpoint(run: Run) -> Path | None:
     """The last whole checkpoint; damaged ones are named and set aside. None before the first."""
     last = -1
     if run.ranks.rank == 0:  # the others follow its choice
-        for folder in reversed(checkpoints(run.out)):
-            damaged = damaged_file(folder)
+        for folder in reversed(files.checkpoints(run.out)):
+            damaged = files.damaged_file(folder)
             if not damaged:
                 last = int(folder.name.removeprefix("step-"))
                 break
@@ -674,30 +732,28 @@ def last_checkpoint(run: Run) -> Path | None:
     return run.out / f"step-{last:07}" if last >= 0 else None
 
 
-def read_log(out: Path) -> list[dict]:
-    """The records of a run; a killed one may end in half a line."""
-    if not (out / "metrics.jsonl").is_file():
-        return []
-    with explained(f"{out / 'metrics.jsonl'} is damaged; mend or remove it", ValueError):
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-
-def open_run(given: dict, ranks: "Ranks") -> Run:
+def open_run(given: dict, ranks: Ranks) -> Run:
     """Starts the run that `given` describes, or goes on with the one that its folder holds."""
     out = given.get("out") or make_config(**given).out
     file = Path(out, "config.json")
-    saved = read_json(file) if file.exists() else None
+    saved = files.read_json(file) if file.exists() else None
     cfg = saved_config(saved, given, file) if saved else make_config(**given)
     rows = task_rows(cfg, "train")
+    lock = files.lock_folder(file.parent) if ranks.rank == 0 else None
     run = Run(cfg, ranks, rows, task_rows(cfg, "valid")[: cfg.eval_rows])
+    run.lock = lock
+    run.choose_pass(saved["passes"] if saved and "checkpointing" not in given else None)
     count = sum(p.numel() for p in run.student.parameters())
     run.say(f"LoRA on {', '.join(run.student.maps)}: {count:,} trainable parameters")
+    if cfg.cache != "off":
+        run.say(f"--cache {cfg.cache}: its answers are no draws from the model, as (D2) asks for")
     if ranks.rank == 0:  # scores alone do without reading the whole base once more
-        run.inputs["base"] = fingerprint(locate(cfg.model))
+        run.inputs["base"] = files.fingerprint(files.locate(cfg.model))
     ranks.wait()  # every rank has looked for the file
     if saved is None:
         if ranks.rank == 0:
-            write(file, asdict(cfg) | {"inputs": run.inputs})
+            passes = [run.batch, run.model.checkpointing]
+            files.write(file, asdict(cfg) | {"inputs": run.inputs, "passes": passes})
         return run
     if ranks.rank == 0:
         for key, what in (("base", "--model"), ("rows", "--data"), ("valid", "--data")):
@@ -710,15 +766,16 @@ def open_run(given: dict, ranks: "Ranks") -> Run:
     if last:
         run.load(last)
     if ranks.rank == 0:
-        lines = [json.dumps(r) + "\n" for r in read_log(run.out) if r["total"] <= run.state.total]
-        write(run.out / "metrics.jsonl", "".join(lines) if last else "")
+        kept = [json.dumps(r) + "\n" for r in files.read_log(run.out) if last and run.has_logged(r)]
+        files.write(run.out / "metrics.jsonl", "".join(kept))
     return run
 
 
 def saved_config(saved: dict, given: dict, file: Path) -> Config:
     """The settings of a run that goes on; those given must be the same, but for MAY_CHANGE."""
     names = {f.name for f in fields(Config)}
-    check(names | {"inputs"} == saved.keys(), f"{file} is of another version; use another --out")
+    same_version = names | {"inputs", "passes"} == saved.keys()
+    check(same_version, f"{file} is of another version; use another --out")
     changed = []
     for name, value in given.items():
         if name not in MAY_CHANGE and saved[name] != value:
@@ -737,7 +794,7 @@ def task_rows(cfg: Config, split: str) -> list[dict]:
     return rows if split == "test" else cut(rows, split)
 
 
-def parallel(model: "LLaDA", ranks: "Ranks") -> nn.Module:
+def parallel(model: "LLaDA", ranks: Ranks) -> nn.Module:
     """DDP on the student's adapter, as all else is frozen."""
     return nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
 
@@ -755,7 +812,8 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
     prompts = [run.text.prompt(task.prompt(row)) for row in rows]
     own = [prompts[i % len(rows)] for i in range(ranks.rank, most, ranks.size)]
     noise = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
-    ids = decode(run.model.use("teacher"), own, cfg, noise, ranks.rank > 0)
+    with ranks.stoppable(run.model.use("teacher")):
+        ids = decode(run.model, run.text, own, cfg, noise, ranks.rank > 0)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)]
     if ranks.rank > 0:
         return None
@@ -768,7 +826,7 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
             scores["cells"] = task.cells(text, row)
         graded.append({"row": row, "text": text} | scores)
     if path:
-        write(path, "".join(json.dumps(line) + "\n" for line in graded))
+        files.write(path, "".join(json.dumps(line) + "\n" for line in graded))
     scores = {"n": len(rows)}
     for key in ("solved", "reward"):
         scores |= share_and_error(key, [(line[key], 1) for line in graded])
@@ -792,50 +850,6 @@ def show(scores: dict) -> str:
 
 
 # ---- 7. The model -------------------------------------------------------------------------------
-# The published config.json, as far as the forward pass depends on it.
-SIZES = json.loads("""{"d_model": 4096, "n_layers": 32, "n_heads": 32, "mlp_hidden_size": 12288,
-    "vocab_size": 126464, "rope_theta": 500000.0, "rms_norm_eps": 1e-5, "mask_token_id": 126336,
-    "eos_token_id": 126081, "pad_token_id": 126081}""")
-FIXED = json.loads("""{"model_type": "llada", "block_type": "llama", "activation_type": "silu",
-    "layer_norm_type": "rms", "rope": true, "include_bias": false, "bias_for_layer_norm": false,
-    "weight_tying": false, "attention_dropout": 0.0, "residual_dropout": 0.0,
-    "embedding_dropout": 0.0}""")
-MAY_BE_MISSING = json.loads("""{"architectures": ["LLaDAModelLM"], "alibi": false,
-    "attention_layer_norm": false, "input_emb_norm": false, "scale_logits": false,
-    "include_qkv_bias": false, "block_group_size": 1, "layer_norm_with_affine": true,
-    "multi_query_attention": null, "rope_scaling": null, "quantization_config": null}""")
-CONFIG_8B = SIZES | FIXED | MAY_BE_MISSING
-# A block's linear maps: outputs and inputs, d or m(lp_hidden_size). Llama calls ff_proj gate and
-# ff_out down; the head is called ff_out, too.
-MAPS = {"q_proj": "dd", "k_proj": "dd", "v_proj": "dd", "attn_out": "dd"}
-MAPS |= {"ff_proj": "md", "up_proj": "md", "ff_out": "dm"}
-ADAPTED = {"all": [*MAPS], "paper": ["q_proj", "k_proj", "v_proj", "up_proj"]}
-
-
-def map_shape(config: dict, name: str) -> tuple[int, int]:
-    width = {"d": config["d_model"], "m": config["mlp_hidden_size"]}
-    outputs, inputs = MAPS[name]
-    return width[outputs], width[inputs]
-
-
-def check_model_config(config: dict) -> dict:
-    """Refuses what this model does not compute (LLaDA-MoE, too, calls itself llada)."""
-    given = {"n_kv_heads": config.get("n_heads"), "embedding_size": config.get("vocab_size")}
-    for key, value in (FIXED | MAY_BE_MISSING | given).items():
-        got = config.get(key, None if key in FIXED else value)
-        same = got == value or (got is None and key in given)
-        only = f"only {value!r} is supported (LLaDA-8B, LLaDA-1.5)"
-        check(same, f"config.json: {key} is {got!r}, {only}")
-    for key, value in SIZES.items():
-        got, kind = config.get(key), type(value)
-        number = type(got) is int or (type(got) is float and kind is float)
-        good = number and (0 <= got < config["vocab_size"] if key.endswith("_id") else got > 0)
-        check(good, f"config.json: {key} is {got!r}, no {kind.__name__} in its range")
-    even = config["d_model"] % (2 * config["n_heads"]) == 0
-    check(even, "config.json: d_model must be an even multiple of n_heads")
-    return config
-
-
 class RMSNorm(nn.RMSNorm):
     """In float32, rounded to the stream's dtype before the gain."""
 
@@ -859,12 +873,18 @@ def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([u1 * cos - u2 * sin, u2 * cos + u1 * sin], -1).to(u.dtype)
 
 
+def low_rank(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float) -> Tensor:
+    """y + scale B A dropout(x), for a map's input x (..., inputs) and output y (..., outputs); the
+    sum and the second product are one call."""
+    inner = F.linear(F.dropout(x, dropout), A.to(x.dtype)).flatten(0, -2)
+    return torch.addmm(y.flatten(0, -2), inner, B.to(x.dtype).T, alpha=scale).view_as(y)
+
+
 class Block(nn.Module):
     """Llama's block without the causal mask, under OLMo's names."""
 
-    def __init__(self, config: dict, index: int):
+    def __init__(self, config: dict):
         super().__init__()
-        self.index = index
         self.heads = config["n_heads"]
         self.attn_norm = RMSNorm(config["d_model"], config["rms_norm_eps"])
         self.ff_norm = RMSNorm(config["d_model"], config["rms_norm_eps"])
@@ -873,25 +893,64 @@ class Block(nn.Module):
             self.add_module(name, nn.Linear(inputs, outputs, bias=False))
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, lora: "LoRA | None"
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        visible: Tensor | None,
+        lora: dict[str, tuple],
+        at: Tensor | None = None,
+        cached: Callable | None = None,
     ) -> Tensor:
+        """x (B, T, d) -> (B, T, d), or (B, m, d) at the positions `at` (B, m): all have keys and
+        values, the others nothing more. lora: `LoRA.block`; cached: `Cache.renewed`."""
         u = self.attn_norm(x)
-        q = rotate(self.split(self.mapped("q_proj", u, lora)), cos, sin)
         k = rotate(self.split(self.mapped("k_proj", u, lora)), cos, sin)
         v = self.split(self.mapped("v_proj", u, lora))
+        if cached is not None:
+            k, v = cached(k, v)
+        if at is not None:
+            row = torch.arange(len(at), device=at.device)[:, None]
+            x, u = x[row, at], u[row, at]
+            cos, sin = cos[at][:, None], sin[at][:, None]
+        q = rotate(self.split(self.mapped("q_proj", u, lora)), cos, sin)
         u = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         x = x + self.mapped("attn_out", u.transpose(1, 2).flatten(2), lora)
         u = self.ff_norm(x)
         gated = F.silu(self.mapped("ff_proj", u, lora)) * self.mapped("up_proj", u, lora)
         return x + self.mapped("ff_out", gated, lora)
 
-    def mapped(self, name: str, u: Tensor, lora: "LoRA | None") -> Tensor:
+    def mapped(self, name: str, u: Tensor, lora: dict[str, tuple]) -> Tensor:
         y = getattr(self, name)(u)
-        return y if lora is None else lora(f"{self.index}:{name}", u, y)
+        return low_rank(u, y, *lora[name]) if name in lora else y
 
     def split(self, u: Tensor) -> Tensor:
         """(B, T, heads d) -> (B, heads, T, d)"""
         return u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class Cache:
+    """The blocks' keys and values of all positions; those in `span` are computed anew."""
+
+    def __init__(self, n_layers: int):
+        self.span = slice(None)
+        self.layers: list = [None] * n_layers
+
+    def renewed(self, i: int, k: Tensor, v: Tensor) -> list[Tensor]:
+        """k, v (B, heads, T, d) of block i: all, or those of `span` among the older ones."""
+        if self.span == slice(None):
+            self.layers[i] = [k, v]
+        for kept, new in zip(self.layers[i], (k, v), strict=True):
+            kept[:, :, self.span] = new
+        return self.layers[i]
+
+
+def in_order(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Wanted positions (B, T) as at (B, m): each row's own in order, then others, up to the most
+    that a row has; and own (B, m), which are its own."""
+    count = where.sum(1, keepdim=True)  # (B, 1)
+    at = where.int().argsort(dim=1, descending=True, stable=True)[:, : max(1, int(count.max()))]
+    return at, torch.arange(at.shape[1], device=at.device) < count
 
 
 class LLaDA(nn.Module):
@@ -907,12 +966,19 @@ class LLaDA(nn.Module):
         d, V = config["d_model"], config["vocab_size"]
         parts = {
             "wte": nn.Embedding(V, d),
-            "blocks": nn.ModuleList(Block(config, i) for i in range(config["n_layers"])),
+            "blocks": nn.ModuleList(Block(config) for _ in range(config["n_layers"])),
             "ln_f": RMSNorm(d, config["rms_norm_eps"]),
             "ff_out": nn.Linear(d, V, bias=False),
         }
         self.model = nn.ModuleDict({"transformer": nn.ModuleDict(parts)})
         self.adapters = nn.ModuleDict()
+
+    def compile_blocks(self, **how) -> None:
+        """One compilation serves all blocks; each kind of call (student, teacher, padded, the last
+        block) has its own."""
+        torch._dynamo.config.cache_size_limit = 64
+        for block in self.model["transformer"]["blocks"]:
+            block.compile(**how)
 
     def use(self, adapter: str | None) -> "LLaDA":
         known = adapter is None or adapter in self.adapters
@@ -926,24 +992,33 @@ class LLaDA(nn.Module):
         attention_mask: Tensor | None = None,
         where: Tensor | None = None,
         hidden: bool = False,
+        cache: "Cache | None" = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """ids (B, T) int64, attention_mask (B, T) bool or 0/1 (None: no padding, no cost), where
-        (B, T) bool -> logits (B, T, V), or (M, V) at `where` in row-major order, as final norm and
-        head run only there. hidden=True adds the head's input."""
+        (B, T) bool -> logits (B, T, V), or (M, V) at `where` in row-major order: there alone run
+        the last block beyond keys and values, final norm and head. hidden=True adds the head's
+        input. A cache computes its span alone, which holds `where`."""
         net = self.model["transformer"]
-        lora = self.adapters[self.active] if self.active else None
+        adapter = self.adapters[self.active] if self.active else None
         visible = None
         if attention_mask is not None:  # keys; a pad's own row is garbage
             visible = attention_mask.bool()[:, None, None]
         half = self.config["d_model"] // self.config["n_heads"] // 2
         cos, sin = angles(ids.shape[1], half, self.config["rope_theta"], ids.device)
-        x = net["wte"](ids)
-        for block in net["blocks"]:
+        span = cache.span if cache else slice(None)
+        x = net["wte"](ids[:, span])
+        at, wanted = (None, ...) if where is None else in_order(where[:, span])
+        cos, sin = cos[span], sin[span]
+        last = len(net["blocks"]) - 1
+        for i, block in enumerate(net["blocks"]):
+            lora = adapter.block(i) if adapter is not None else {}
+            cached = functools.partial(cache.renewed, i) if cache else None
+            given = (x, cos, sin, visible, lora, at if i == last else None, cached)
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, cos, sin, visible, lora, use_reentrant=False)
+                x = checkpoint(block, *given, use_reentrant=False)
             else:
-                x = block(x, cos, sin, visible, lora)
-        x = net["ln_f"](x if where is None else x[where])
+                x = block(*given)
+        x = net["ln_f"](x[wanted])
         return (net["ff_out"](x), x) if hidden else net["ff_out"](x)
 
     @classmethod
@@ -951,12 +1026,12 @@ class LLaDA(nn.Module):
         """The frozen model of a folder or hub id in `dtype` on `device`, built on the meta device
         and filled tensor by tensor from the files that the index names, however they are cut.
         ValueError: a missing, torn, quantised or misshapen file, or another kind of model."""
-        folder = locate(source)
+        folder = files.locate(source)
         with torch.device("meta"):
-            model = cls(read_json(folder / "config.json"))
+            model = cls(files.read_json(folder / "config.json"))
         wanted = model.state_dict()
         filled = {}
-        for name, t in base_tensors(folder):
+        for name, t in files.base_tensors(folder):
             if name in wanted:
                 shapes = f"{tuple(t.shape)}, config.json asks for {tuple(wanted[name].shape)}"
                 check(t.shape == wanted[name].shape, f"{folder}: {name} is {shapes}")
@@ -971,97 +1046,20 @@ class LLaDA(nn.Module):
         """config.json, shards and their index in the original's format, without adapters."""
         tensors = self.state_dict()
         names = [name for name in tensors if not name.startswith("adapters")]
-        files = {}
+        shard = {}
         for i, name in enumerate(names):
-            files[name] = f"model-{i * shards // len(names) + 1:05}-of-{shards:05}.safetensors"
-        for file in sorted(set(files.values())):
-            write(folder / file, {name: tensors[name] for name in names if files[name] == file})
+            shard[name] = f"model-{i * shards // len(names) + 1:05}-of-{shards:05}.safetensors"
+        for file in sorted(set(shard.values())):
+            part = {name: tensors[name] for name in names if shard[name] == file}
+            files.write(folder / file, part)
         size = sum(tensors[name].nbytes for name in names)
-        index = {"metadata": {"total_size": size}, "weight_map": files}
-        write(folder / "model.safetensors.index.json", index)
-        write(folder / "config.json", self.config)  # the last, so that it marks a whole folder
-
-
-# Its files.
-def locate(source: str | Path) -> Path:
-    """A folder, or the local copy of a hub id, downloaded on first use."""
-    if source and Path(source).is_dir():
-        return Path(source)
-    hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is not None
-    check(hub_id, f"--model {str(source)!r} is no folder and no hub id (OWNER/NAME)")
-    from huggingface_hub import snapshot_download
-
-    advice = "check name and network, or pass --model FOLDER of a downloaded copy"
-    laptop = "the same loop without one: python -m figures.toy_llada"
-    with explained(f"cannot get {source} from the hub: {advice}; {laptop}"):
-        files = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])
-    return Path(files)
-
-
-def shard_names(folder: Path) -> dict[str, list[str] | None]:
-    """File -> names of its tensors, from the index; without one, the single file -> None (all)."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() and not index.exists():
-        return {"model.safetensors": None}
-    weight_map = read_json(index).get("weight_map")
-    good = isinstance(weight_map, dict) and weight_map
-    good = good and all(isinstance(file, str) for file in weight_map.values())
-    check(bool(good), f"{index} has no valid weight_map; download it again")
-    names: dict[str, list[str]] = {}
-    for name, file in weight_map.items():
-        check((folder / file).is_file(), f"{folder / file} is missing; download it again")
-        names.setdefault(file, []).append(name)
-    return dict(sorted(names.items()))
-
-
-def base_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors, one at a time."""
-    for file, names in shard_names(folder).items():
-        yield from shard_tensors(folder / file, names)
-
-
-def shard_tensors(file: Path, names: list[str] | None) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a shard; ValueError: quantised or damaged ones."""
-    for name, t in read_tensors(file, names):
-        plain = t.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-        kind = f"{name} is {str(t.dtype).removeprefix('torch.')}"
-        check(plain, f"{file}: {kind}; use an unquantised checkpoint")
-        finite = bool(t.isfinite().all())
-        check(finite, f"{file}: {name} has non-finite numbers; download it again")
-        yield name, t
-
-
-def read_tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-    with explained(f"{path} is missing or is torn; get it again", SafetensorError, OSError):
-        with safe_open(path, framework="pt") as file:
-            lost = sorted(set(names or []) - set(file.keys()))
-            what = f"{path} lacks {lost[0] if lost else ''}, although the index puts it there"
-            check(not lost, f"{what}; download it again")
-            for name in names or file.keys():
-                yield name, file.get_tensor(name)
-
-
-@functools.cache
-def fingerprint(folder: Path) -> str:
-    """Of what a base model computes, however its files are cut, and in whichever dtype they hold
-    the same numbers."""
-    config = check_model_config(read_json(folder / "config.json"))
-    sizes = [type(value)(config[key]) for key, value in SIZES.items()]  # 500000 is 500000.0
-    total = hashlib.sha256(json.dumps(sizes).encode())
-    sums = {}
-    for name, t in base_tensors(folder):
-        sums[name] = hashlib.sha256(t.float().contiguous().numpy()).hexdigest()
-    total.update(json.dumps(sorted(sums.items())).encode())
-    return total.hexdigest()
+        index = {"metadata": {"total_size": size}, "weight_map": shard}
+        files.write(folder / "model.safetensors.index.json", index)
+        # The last, so that it marks a whole folder.
+        files.write(folder / "config.json", self.config)
 
 
 # ---- 8. Adapters --------------------------------------------------------------------------------
-# What adapter_config.json may hold: these values, what changes nothing, and whatever is off.
-PLAIN = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False}
-HARMLESS = """base_model_name_or_path r lora_alpha lora_dropout target_modules exclude_modules
-    task_type inference_mode auto_mapping peft_version megatron_core qalora_group_size""".split()
-
-
 class LoRA(nn.Module):
     """y -> y + (alpha / rank) B A dropout(x) for every adapted map, keyed "layer:map"; B is zero at
     first (huggingface/peft). In training it is float32: steps of 1e-6 vanish in bfloat16."""
@@ -1085,13 +1083,10 @@ class LoRA(nn.Module):
                 B[f"{i}:{name}"] = nn.Parameter(torch.zeros(outputs, rank))
         self.A, self.B = nn.ParameterDict(A), nn.ParameterDict(B)
 
-    def forward(self, key: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (..., outputs), the map's output for x (..., inputs), with the adapter's part."""
-        if key not in self.A:
-            return y
-        x = F.dropout(x, self.dropout, self.training)
-        inner = F.linear(x, self.A[key].to(x.dtype))
-        return y + self.alpha / self.rank * F.linear(inner, self.B[key].to(x.dtype))
+    def block(self, i: int) -> dict[str, tuple]:
+        """What `low_rank` needs for the adapted maps of block i."""
+        rest = (self.alpha / self.rank, self.dropout if self.training else 0.0)
+        return {m: (self.A[f"{i}:{m}"], self.B[f"{i}:{m}"], *rest) for m in self.maps}
 
     def peft(self) -> dict[str, Tensor]:
         """The tensors under peft's names on the original model class."""
@@ -1112,25 +1107,25 @@ class LoRA(nn.Module):
 
     def save(self, folder: Path, base: str, base_print: str = "") -> None:
         """A PEFT folder; base is the checkpoint's name, base_print its `fingerprint`."""
-        write(folder / "adapter_model.safetensors", self.peft(), {"base": base_print})
-        config = PLAIN | {"task_type": "CAUSAL_LM", "inference_mode": True}
+        files.write(folder / "adapter_model.safetensors", self.peft(), {"base": base_print})
+        config = files.PLAIN | {"task_type": "CAUSAL_LM", "inference_mode": True}
         config |= {"base_model_name_or_path": base, "r": self.rank}
         config |= {"lora_alpha": self.alpha, "lora_dropout": self.dropout}
         # A regex, as the bare name ff_out would also adapt the head.
         config["target_modules"] = rf".*blocks\.\d+\.({'|'.join(self.maps)})"
-        write(folder / "adapter_config.json", config)
+        files.write(folder / "adapter_config.json", config)
 
     @classmethod
     def load(cls, folder: Path, config: dict) -> "LoRA":
         """A PEFT folder that adapts nothing but a block's maps, by nothing but plain LoRA."""
-        saved = read_json(Path(folder) / "adapter_config.json")
-        check_peft_config(saved, f"{folder}/adapter_config.json")
+        saved = files.read_json(Path(folder) / "adapter_config.json")
+        files.check_peft_config(saved, f"{folder}/adapter_config.json")
         file = Path(folder) / "adapter_model.safetensors"
-        tensors = dict(read_tensors(file))
+        tensors = dict(files.read_tensors(file))
         maps = [m for m in MAPS if any(f".{m}.lora_" in name for name in tensors)]
         check(bool(maps), f"{file} adapts none of {', '.join(MAPS)}")
         lora = cls(config, maps, saved["r"], saved["lora_alpha"], saved.get("lora_dropout", 0.0))
-        with explained(str(file), ValueError):
+        with files.explained(str(file), ValueError):
             lora.fill(tensors)
         finite = all(bool(t.isfinite().all()) for t in tensors.values())
         check(finite, f"{file} has non-finite numbers; take another checkpoint")
@@ -1140,45 +1135,26 @@ class LoRA(nn.Module):
         return lora.requires_grad_(False).eval()
 
 
-def check_peft_config(saved: dict, file: str) -> None:
-    """An allow-list: an adapter saved with anything else would be read as what it is not."""
-    for key, value in saved.items():
-        if key == "init_lora_weights":  # pissa, olora and others change the base model as well
-            plain = value is True or value is False or value == "gaussian"
-        elif key in PLAIN:
-            plain = value == PLAIN[key]
-        else:
-            plain = key in HARMLESS or not value
-        check(plain, f"{file}: {key} = {value!r} is not supported; save a plain LoRA adapter")
-    check("peft_type" in saved, f"{file} lacks peft_type; is it a PEFT folder?")
-    rank, alpha, dropout = (saved.get(key, 0.0) for key in ("r", "lora_alpha", "lora_dropout"))
-    check(type(rank) is int and rank > 0, f"{file}: r is {rank!r}, no positive whole number")
-    number = type(alpha) in (int, float) and 0 < alpha < math.inf
-    check(number, f"{file}: lora_alpha is {alpha!r}, no positive number")
-    share = type(dropout) in (int, float) and 0 <= dropout < 1
-    check(share, f"{file}: lora_dropout is {dropout!r}, no number in [0, 1)")
-
-
 def base_of(adapter: Path, model: str) -> Path:
     """The folder of the base that an adapter was made on; `model`, if given, must be that base."""
-    name = read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
+    name = files.read_json(adapter / "adapter_config.json").get("base_model_name_or_path") or ""
     check(bool(model or name), f"{adapter} names no base model; add --model FOLDER")
-    folder = locate(model or name)
+    folder = files.locate(model or name)
     expected = load_adapter(adapter, folder).base[1]
     if not expected and model and name and model != name:  # peft's own know the name alone
         hint = f"set base_model_name_or_path in its adapter_config.json to {model} if they are one"
         check(Path(name).is_dir(), f"{adapter} was made on {name}, not on {model}; {hint}")
-        same_content = fingerprint(Path(name)) == fingerprint(folder)
+        same_content = files.fingerprint(Path(name)) == files.fingerprint(folder)
         check(same_content, f"{adapter} was made on {name}, {folder} is another model")
     return folder
 
 
 def load_adapter(adapter: Path, base: Path) -> LoRA:
     """Refuses an adapter that was made on a base of other content, as far as it knows its own."""
-    lora = LoRA.load(adapter, check_model_config(read_json(base / "config.json")))
+    lora = LoRA.load(adapter, check_model_config(files.read_json(base / "config.json")))
     name, expected = lora.base
     if expected and os.environ.get("RANK", "0") == "0":  # one rank reads the whole base
-        same_content = fingerprint(base) == expected
+        same_content = files.fingerprint(base) == expected
         hint = f"it was made on {name or 'another one'}"
         check(same_content, f"{adapter} does not belong to the base {base}: {hint}")
     return lora
@@ -1196,8 +1172,8 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
     for file in base.iterdir():  # config, index, tokenizer, remote code
         if file.suffix in (".json", ".py", ".txt", ".jinja"):
             shutil.copy(file, half)
-    for file, names in tqdm(shard_names(base).items(), desc="merge", unit="shard"):
-        tensors = dict(shard_tensors(base / file, names))
+    for file, names in tqdm(files.shard_names(base).items(), desc="merge", unit="shard"):
+        tensors = dict(files.shard_tensors(base / file, names))
         for name in tensors.keys() & places.keys():
             key = places.pop(name)
             t = tensors[name]
@@ -1205,7 +1181,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
             fits = delta.shape == t.shape
             check(fits, f"{base / file}: {name} has not the shape that config.json asks for")
             tensors[name] = (t.float() + delta).to(t.dtype)
-        write(half / file, tensors)
+        files.write(half / file, tensors)
     lost = min(places, default="")
     check(not lost, f"{base} lacks {lost}, which the adapter changes; download it again")
     half.replace(out)
@@ -1224,11 +1200,12 @@ class Text:
         from tokenizers import Tokenizer
 
         file = folder / "tokenizer.json"
-        with explained(f"{file} is missing or is torn; copy it from the original checkpoint"):
+        with files.explained(f"{file} is missing or is torn; copy it from the original checkpoint"):
             self.tokenizer = Tokenizer.from_file(str(file))
         self.chat = self.tokenizer.token_to_id("<|start_header_id|>") is not None  # not in Base
-        eos = read_json(folder / "config.json").get("eos_token_id")
-        self.ends = {eos, self.tokenizer.token_to_id("<|eot_id|>")}
+        eos = files.read_json(folder / "config.json").get("eos_token_id")
+        ends = (eos, self.tokenizer.token_to_id("<|eot_id|>"))  # Base has but the first
+        self.ends = [end for end in ends if end is not None]
 
     def prompt(self, text: str) -> list[int]:
         """One user turn and the assistant's header, or the bare text for a base model."""
@@ -1258,6 +1235,56 @@ def canvas(ids: Tensor, pad: Tensor | None, xt: Tensor, where: Tensor) -> tuple:
     return torch.cat([ids, xt], 1), visible, F.pad(where, (ids.shape[1], 0))
 
 
+def reached(x1: Tensor, block: int, ends: Tensor) -> Tensor:
+    """Where answers x1 (B, L) are in blocks that begin before their first end token; (B, L) bool.
+    What stands behind neither earns a reward nor is seen from before it: decoding goes from left
+    to right by blocks, and so does `mask_blockwise`."""
+    ended = torch.isin(x1, ends).unflatten(1, (-1, block)).any(2).int()  # (B, blocks)
+    return (ended.cumsum(1) - ended == 0).repeat_interleave(block, 1)
+
+
+class Answering:
+    """The model as `dtm.sample` asks it, behind fixed prompts (ids (B, P) and their mask). A row
+    with an end token in an earlier block is not computed any more; it gets the first of `ends`.
+    With a cache (NVlabs/Fast-dLLM) keys and values before the block (prefix), or on both sides
+    (dual), are those of the block's first step: faster, and no draw from the model."""
+
+    def __init__(self, model: Callable, prompts: Padded, block: int, ends: list[int], cache: str):
+        self.model, self.block, self.cache = model, block, cache
+        self.ids, self.pad = prompts
+        self.ends = torch.tensor(ends, dtype=torch.long, device=self.ids.device)
+        self.begin = -1  # of the block that `kept` belongs to
+        self.kept = Cache(model.config["n_layers"]) if cache != "off" else None
+
+    def __call__(self, yt: Tensor, where: Tensor) -> Tensor:
+        """Answers yt (B, L) -> logits (M, V) at `where` (B, L), all in one block."""
+        begin = int(where.any(0).int().argmax()) // self.block * self.block
+        live = reached(yt, self.block, self.ends)[:, begin]  # (B,)
+        if live.all():
+            return self.computed(yt, where, live, begin)
+        V = self.model.config["vocab_size"]
+        logits = torch.full((int(where.sum()), V), -math.inf, device=yt.device)
+        logits[:, self.ends[0]] = 0
+        if live.any():
+            found = self.computed(yt[live], where[live], live, begin)
+            logits[live[:, None].expand_as(where)[where]] = found.float()
+        return logits
+
+    def computed(self, yt: Tensor, where: Tensor, live: Tensor, begin: int) -> Tensor:
+        pad = None if self.pad is None else self.pad[live]
+        more = {}
+        if self.kept:
+            P = self.ids.shape[1]
+            stop = begin + self.block if self.cache == "dual" else yt.shape[1]
+            new = begin != self.begin
+            self.kept.span = slice(None) if new else slice(P + begin, P + stop)
+            self.begin = begin
+            more = {"cache": self.kept}
+        logits = self.model(*canvas(self.ids[live], pad, yt, where), **more)
+        check(logits.isfinite().all(), "the model's logits are not finite: damaged weights?")
+        return logits
+
+
 @torch.no_grad()
 def generate(
     model: Callable,
@@ -1270,24 +1297,22 @@ def generate(
     generator: Generator | None = None,
     order: str = "confidence",
     ban_mask: bool = False,
+    ends: Sequence[int] = (),
+    cache: str = "off",
 ) -> Tensor:
     """Prompts (B, P) int64, mask (B, P) -> ids (B, P + gen_length), in `steps` network evaluations
     and gen_length / block blocks. ML-GSAI/LLaDA generate.py (b7e6c35) without guidance, on
     `dtm.sample`. Differences: float32 confidence and noise, head at the block's masks only, a mask
-    id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`."""
+    id in the prompt stays. `ban_mask` never draws the mask id; `order` as in `dtm.sample`; `ends`
+    (none: the published behaviour) and `cache` (off, prefix, dual) as in `Answering`."""
     check_lengths(gen_length, block, steps)
     blocks = gen_length // block
     mask_id = model.config["mask_token_id"]
     pad = None if attention_mask is None or attention_mask.all() else attention_mask
-
-    def answer(yt: Tensor, where: Tensor) -> Tensor:
-        logits = model(*canvas(prompt_ids, pad, yt, where))
-        check(logits.isfinite().all(), "the model's logits are not finite: damaged weights?")
-        return logits
-
+    answering = Answering(model, (prompt_ids, pad), block, [*ends], cache)
     yt = prompt_ids.new_full((len(prompt_ids), gen_length), mask_id)
     how = (order, block, 1, temperature, generator, steps // blocks, ban_mask)
-    *_, yt = dtm.sample(answer, yt, mask_id, *how)
+    *_, yt = dtm.sample(answering, yt, mask_id, *how)
     return torch.cat([prompt_ids, yt], 1)
 
 
@@ -1298,97 +1323,29 @@ def by_length(items: list[int], size: int, key: Callable) -> list[list[int]]:
 
 
 def decode(
-    model: LLaDA, prompts: list, cfg: Config, generator: Generator, quiet=True, ban_mask=False
+    model: LLaDA,
+    text: Text,
+    prompts: list,
+    cfg: Config,
+    generator: Generator,
+    quiet=True,
+    ban=False,
 ) -> Tensor:
-    """Answers (N, gen_length) to N prompts, in their order, cfg.chunk of near length at once."""
+    """Answers (N, gen_length) to N prompts, in their order, cfg.chunk of near length at once. ban:
+    the mask id is never drawn."""
     device = generator.device
     x1 = torch.empty(len(prompts), cfg.gen_length, dtype=torch.long, device=device)
     parts = by_length(range(len(prompts)), cfg.chunk, key=lambda i: len(prompts[i]))
     size = (cfg.gen_length, cfg.block, cfg.steps, cfg.temperature)
+    how = (cfg.order, ban, () if cfg.past_end else text.ends, cfg.cache)
     for part in tqdm(parts, "decoding", disable=quiet, leave=False):
         ids, pad = pad_left([prompts[i] for i in part], model.config["pad_token_id"], device)
-        out = generate(model.eval(), ids, *size, pad, generator, cfg.order, ban_mask)
+        out = generate(model.eval(), ids, *size, pad, generator, *how)
         x1[part] = out[:, ids.shape[1] :]
     return x1
 
 
-# ---- 10. Processes and files --------------------------------------------------------------------
-class Ranks:
-    """This process among torchrun's, its device and dtype: NCCL and bfloat16 on GPUs, gloo and
-    float32 on CPUs."""
-
-    def __init__(self):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-        self.cuda = torch.cuda.is_available()
-        self.device, self.dtype = torch.device("cpu"), torch.float32
-        if self.cuda:
-            local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-            check(local < count, f"no GPU for local rank {local}; start at most {count} ranks here")
-            self.device, self.dtype = torch.device("cuda", local), torch.bfloat16
-            torch.cuda.set_device(self.device)
-        if self.size > 1 and not dist.is_initialized():
-            limit = timedelta(hours=2)  # rank 0 alone reads the base again and grades answers
-            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=limit)
-
-    def wait(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def gather(self, t: Tensor) -> Tensor:
-        """The tensors of all ranks, of one shape, one after the other."""
-        if self.size == 1:
-            return t
-        parts = [torch.empty_like(t) for _ in range(self.size)]
-        dist.all_gather(parts, t.contiguous())
-        return torch.cat(parts)
-
-
-@contextlib.contextmanager
-def explained(message: str, *kinds: type[Exception]):
-    """Says in one sentence what errors of these kinds (none given: all) mean to the user."""
-    kinds = kinds or (Exception,)
-    try:
-        yield
-    except kinds as error:
-        detail = " ".join(str(error).split())[:80]
-        raise ValueError(f"{message} ({type(error).__name__}: {detail})") from None
-
-
-def write(path: Path, content: dict | str, metadata: dict | None = None) -> None:
-    """Tensors (*.safetensors), text, or JSON; beside its name, then renamed. metadata: one pair,
-    as safetensors would write two in an order of chance."""
-    half = path.with_name(f".half-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        tensors = {name: t.detach().contiguous().cpu() for name, t in content.items()}
-        save_file(tensors, half, metadata=metadata or {"format": "pt"})
-    elif isinstance(content, str):
-        half.write_text(content)
-    else:
-        half.write_text(json.dumps(content, indent=1) + "\n")
-    half.replace(path)
-
-
-def read_json(path: Path) -> dict:
-    check(path.is_file(), f"{path} is missing; is this the right folder?")
-    with explained(f"{path} is no JSON object; restore it", ValueError, TypeError):
-        return dict(json.loads(path.read_text()))
-
-
-def digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()
-
-
-# ---- 11. Command line ---------------------------------------------------------------------------
+# ---- 10. Command line ---------------------------------------------------------------------------
 def make_parser() -> argparse.ArgumentParser:
     """No abbreviations: eval's --h would otherwise be its --help."""
     parser = argparse.ArgumentParser(description="Discrete Tilt Matching on LLaDA.")
@@ -1431,7 +1388,7 @@ def add_settings(parser: argparse.ArgumentParser, only=(), without=(), own=None)
 
 def settings_of_run(file: Path, given: dict) -> dict:
     """How the run of an adapter decoded, unless it had another task than is given."""
-    saved = read_json(file) if file.is_file() else {}
+    saved = files.read_json(file) if file.is_file() else {}
     if given.get("task", saved.get("task")) != saved.get("task"):
         return {}
     names = saved.keys() & {"task", "gen_length", "block", "steps", "chunk"}
@@ -1462,7 +1419,8 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
             table[length] = scores
             run.say(f"{cfg.task}, {length} tokens: {show(scores)}")
             name = str(adapter) if adapter else None
-            write(run.out / "eval.json", {"model": cfg.model, "adapter": name, "lengths": table})
+            found = {"model": cfg.model, "adapter": name, "lengths": table}
+            files.write(run.out / "eval.json", found)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -1477,22 +1435,6 @@ def main(argv: list[str] | None = None) -> None:
         evaluate_command(given, given.pop("adapter"), given.pop("lengths"))
     else:
         train(open_run(given, Ranks()))
-
-
-def run_as_script(main: Callable[[], None]) -> None:
-    """Bad input and faults of the machine in one line, with exit status 1."""
-    try:
-        main()
-        if dist.is_initialized():  # not after an error: it would wait for the other ranks
-            dist.destroy_process_group()
-    except torch.OutOfMemoryError as error:
-        advice = "keep --checkpointing, lower --chunk and go on with the same command"
-        advice += ", or lower --batch with another --out; the last checkpoint is whole"
-        sys.exit(f"out of device memory ({str(error)[:90]}): {advice}")
-    except (ValueError, OSError, SafetensorError) as error:
-        sys.exit(f"{Path(sys.argv[0]).stem}: {error}")
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ There the loss is a sum over answers and a mean over 8 ranks; here an eighth of 
 import argparse
 import contextlib
 import random
-import signal
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +28,7 @@ ALPHA = 0.04
 SETTINGS = {"a_end": 1000.0, "refresh": 0, "refresh_steps": 0, "steps_per_h": STEPS, "h": 1.0}
 SETTINGS |= {"prompts": PROMPTS, "completions": ANSWERS, "batch": 4, "accum": 1, "c": "0"}
 SETTINGS |= {"temperature": 0.2, "lr": 1e-6, "clip": 0.2, "ema": 0.0, "ess": 0.0}
+SETTINGS |= {"past_end": True}
 FLAGS = ("task", "model", "out", "seed", "data", "chunk", "gen_length", "block", "steps", "batch")
 FLAGS += ("prompt_length", "lr", "clip", "weight_decay", "lora", "rank", "alpha", "dropout")
 FLAGS += ("temperature", "order", "checkpointing", "eval_rows", "save_every")
@@ -38,25 +38,26 @@ def tune(run: llada.Run) -> None:
     """Rounds, counted by a, from wherever `run` stands; scores and checkpoints between rounds."""
     cfg, state = run.cfg, run.state
     student = llada.parallel(run.model, run.ranks)
-    handler = signal.signal(signal.SIGTERM, run.ask_to_stop)
-    if state.total == 0:
-        llada.score_phase(run, None)
-    run.keep_best()
-    while state.a < cfg.a_end:
-        begin_round(run)
-        with run.progress_bar() as bar:
-            for _ in range(STEPS):
-                optimiser_step(run, student)
-                bar.update()
-        run.teacher.load_state_dict(run.student.state_dict())
-        state.a += 1
-        state.phase += 1
-        due = state.phase % max(1, cfg.save_every // STEPS) == 0
-        if due or run.stop or state.a >= cfg.a_end:
+    with run.saved_when_stopped():
+        if not state.scored:
             llada.score_phase(run, None)
-            run.save()
-            run.leave_if_stopped()
-    signal.signal(signal.SIGTERM, handler)
+        run.keep_best()
+        while state.a < cfg.a_end:
+            begin_round(run)
+            with run.progress_bar() as bar:
+                for _ in range(STEPS):
+                    optimiser_step(run, student)
+                    bar.update()
+            run.teacher.load_state_dict(run.student.state_dict())
+            state.a += 1
+            state.phase += 1
+            run.mark()
+            due = state.phase % max(1, cfg.save_every // STEPS) == 0
+            if due or state.a >= cfg.a_end:
+                state.scored = False
+                llada.score_phase(run, None)
+                run.save()
+            run.ranks.stop_together()
 
 
 def begin_round(run: llada.Run) -> None:
@@ -107,7 +108,7 @@ def hidden_log(run: llada.Run, model: nn.Module, part: list[int], mask: Tensor) 
 
 def batches(run: llada.Run) -> list[list[int]]:
     lengths = [len(run.buffer.prompt(row)) for row in run.buffer.data["row"].tolist()]
-    return llada.by_length(range(len(lengths)), run.cfg.batch, key=lengths.__getitem__)
+    return llada.by_length(range(len(lengths)), run.batch, key=lengths.__getitem__)
 
 
 def optimiser_step(run: llada.Run, student: nn.Module) -> None:
@@ -118,20 +119,20 @@ def optimiser_step(run: llada.Run, student: nn.Module) -> None:
     passes = []
     for part in batches(run):
         passes += [(part, mask) for mask in antithetic_masks(data["x1"][part], run)]
-    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
     for i, (part, mask) in enumerate(passes):
         together = i + 1 == len(passes) or ranks.size == 1
         with contextlib.nullcontext() if together else student.no_sync():
             w = data["w"][part].float().to(ranks.device)
             loss = -(w * hidden_log(run, student, part, mask)).sum() / 4 * ranks.size / 8
             loss.backward()
-        total[0] += loss.detach()
+        sums[0] += loss.detach() * run.cfg.batch  # the log has a mean
     norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), run.cfg.clip))
-    check(bool(total.isfinite().all()), f"the loss is not finite at step {run.state.total + 1}")
+    check(bool(sums.isfinite().all()), f"the loss is not finite at step {run.state.total + 1}")
     run.adam.step()
     run.adam.zero_grad()
     run.state.total += 1
-    run.log_step(total, grad_norm=norm, lr=run.cfg.lr)
+    run.log_step(sums, grad_norm=norm, lr=run.cfg.lr)
 
 
 def main(argv: list[str] | None = None) -> None:

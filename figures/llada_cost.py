@@ -19,12 +19,18 @@ from torch import Generator
 
 import llada_finetune as llada
 from dtm import check, phases
-from figures import toy_llada
+from figures import files, toy_llada
+from figures.llada_shape import (
+    CONFIG_8B,
+    body_parameters,
+    count_memory,
+    count_parameters,
+)
 from figures.tasks import Sudoku
 
 # ---- 1. Counted ---------------------------------------------------------------------------------
 COUNTED = ("model", "h", "a_end", "steps_per_h", "prompts", "completions", "refresh")
-COUNTED += ("refresh_steps", "ema", "lora", "rank", "eval_rows")
+COUNTED += ("refresh_steps", "ema", "lora", "rank", "dropout", "eval_rows", "cache")
 
 
 def plan(cfg: llada.Config, config: dict, gpus: int, tflops: float) -> dict:
@@ -50,19 +56,6 @@ def plan(cfg: llada.Config, config: dict, gpus: int, tflops: float) -> dict:
     }
 
 
-def count_parameters(cfg: llada.Config, config: dict) -> tuple[int, int]:
-    """Those of the whole model, and those of the adapter."""
-    d, n, V = config["d_model"], config["n_layers"], config["vocab_size"]
-    total = body_parameters(config) + 2 * V * d + (2 * n + 1) * d
-    widths = [sum(llada.map_shape(config, name)) for name in llada.ADAPTED[cfg.lora]]
-    return total, n * cfg.rank * sum(widths)
-
-
-def body_parameters(config: dict) -> int:
-    d, mlp = config["d_model"], config["mlp_hidden_size"]
-    return config["n_layers"] * (4 * d * d + 3 * d * mlp)
-
-
 def answers_per_phase(cfg: llada.Config, gpus: int) -> int:
     renewals = (cfg.steps_per_h - 1) // cfg.refresh_steps if cfg.refresh else 0
     return gpus * cfg.completions * (cfg.prompts + renewals * cfg.refresh)
@@ -81,23 +74,6 @@ def count_eflop(cfg: llada.Config, config: dict, gpus: int) -> dict[str, float]:
         "rollouts": answers_per_phase(cfg, gpus) * cfg.steps * forward / 1e18,
         "validation": cfg.eval_rows * cfg.steps * forward / 1e18,
         "training": trained * forwards_a_step * forward / 1e18,
-    }
-
-
-def count_memory(cfg: llada.Config, config: dict) -> dict[str, float]:
-    """GB on a GPU. What a block keeps for its backward pass is a count by hand, to be measured."""
-    d, n, V = config["d_model"], config["n_layers"], config["vocab_size"]
-    total, trainable = count_parameters(cfg, config)
-    tokens = cfg.batch * (cfg.prompt_length + cfg.gen_length)
-    block = tokens * 2 * (30 * d + 7 * config["mlp_hidden_size"])
-    activations = block + tokens * 2 * d * n if cfg.checkpointing else block * n
-    return {
-        "base": 2 * total / 1e9,
-        "student, gradient, AdamW": 16 * trainable / 1e9,
-        "teacher": 2 * trainable / 1e9,
-        "average": (4 * trainable if cfg.ema else 0) / 1e9,
-        "activations": activations / 1e9,
-        "logits": cfg.batch * (cfg.block + 1) / 2 * V * 24 / 1e9,
     }
 
 
@@ -139,7 +115,7 @@ def make_random_base(folder: Path, config: dict, ranks: llada.Ranks) -> None:
 def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
     """The 8B shape with random weights (on a CPU the toy's, to see that it runs): one buffer rolled
     out, ten steps, checkpoint and resume; rates as shares of a large matrix product's."""
-    config = llada.CONFIG_8B if ranks.cuda else toy_llada.SIZE
+    config = CONFIG_8B if ranks.cuda else toy_llada.SIZE
     rate = matmul_rate(ranks, 8192 if ranks.cuda else 512)
     out = Path(cfg.out)
     if not (out / "base" / "config.json").exists():
@@ -157,7 +133,7 @@ def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
     again = llada.open_run(settings, ranks)
     pairs = zip(again.student.parameters(), run.student.parameters(), strict=True)
     check(all(torch.equal(p, q) for p, q in pairs), "the resumed adapter differs")
-    log = [record for record in llada.read_log(run.out) if record["kind"] == "step"]
+    log = [record for record in files.read_log(run.out) if record["kind"] == "step"]
     rollout = log[-1]["seconds"]["rollout"]
     step = (log[-1]["seconds"]["train"] - log[1]["seconds"]["train"]) / 8  # the first two warm up
     eflop = count_eflop(run.cfg, config, 1)
@@ -174,7 +150,7 @@ def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
         "peak_gb": log[-1]["gpu_gb"],
         "settings": settings,
     }
-    llada.write(out / "bench.json", result)
+    files.write(out / "bench.json", result)
     return result
 
 
@@ -200,9 +176,9 @@ def main(argv: list[str] | None = None) -> None:
         result = bench(replace(cfg, out=given.get("out", "runs/bench")), llada.Ranks())
     else:
         check("out" not in given, "--out goes with --bench")
-        config = toy_llada.SIZE if cfg.task == "toy" else llada.CONFIG_8B
+        config = toy_llada.SIZE if cfg.task == "toy" else CONFIG_8B
         if cfg.model and Path(cfg.model).is_dir():
-            config = llada.read_json(Path(cfg.model) / "config.json")
+            config = files.read_json(Path(cfg.model) / "config.json")
         config = llada.check_model_config(config)
         result = plan(cfg, config, 8 if gpus is None else gpus, 400.0 if tflops is None else tflops)
     text = json.dumps(result)

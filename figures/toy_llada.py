@@ -38,6 +38,8 @@ from tqdm import tqdm
 import llada_finetune as llada
 import maze_lab as lab
 from dtm import check, mask_random, row_mean
+from figures import files
+from figures.llada_shape import CONFIG_8B
 from figures.tasks import Sudoku
 
 
@@ -72,7 +74,7 @@ class Toy(Sudoku):
         "rank": 16,
         "alpha": 16.0,
         "dropout": 0.0,
-        "checkpointing": False,
+        "checkpointing": "off",
         "save_every": 60,
         "eval_rows": 256,
     }
@@ -86,7 +88,7 @@ class Toy(Sudoku):
 
 # ---- 1. The base model --------------------------------------------------------------------------
 CHARACTERS = "?0123456789+-*/()= "
-SIZE = llada.CONFIG_8B | {
+SIZE = CONFIG_8B | {
     "d_model": 64,
     "n_layers": 4,
     "n_heads": 4,
@@ -137,7 +139,7 @@ def save_tokenizer(folder: Path, config: dict) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(special))
-    llada.write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    files.write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def encode(texts: list[str], device: torch.device) -> Tensor:
@@ -205,9 +207,9 @@ def run_toy(given: dict, ranks: llada.Ranks) -> None:
 
 def finish(run: llada.Run, record: dict) -> None:
     """The phase that the validation rows chose, on the test rows."""
-    log = [e for e in llada.read_log(run.out) if e.get("split") == "test"]
+    log = [e for e in files.read_log(run.out) if e.get("split") == "test"]
     best = log[run.state.best_phase]
-    llada.write(run.out / "result.json", record | {"test": best})
+    files.write(run.out / "result.json", record | {"test": best})
     draw(collect([run.out]), run.out / "toy.png")
     run.say(
         f"solved, held-out solutions: {log[0]['solved']:.3f} -> {best['solved']:.3f} after phase "
@@ -226,10 +228,10 @@ def collect(runs: list[Path]) -> dict:
     found = []
     for run in runs:
         log = []
-        for record in llada.read_log(run):
+        for record in files.read_log(run):
             log.append({key: value for key, value in record.items() if key in KEPT})
         check(bool(log), f"{run} holds no metrics.jsonl; expected the folder of a run")
-        settings = llada.read_json(run / "config.json")
+        settings = files.read_json(run / "config.json")
         found.append({"run": run.name, "settings": settings, "log": log})
     command = " ".join(["python -m figures.toy_llada", *sys.argv[1:]])
     return {"command": command, "runs": found}
@@ -291,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     check(not given, "--draw trains nothing; leave out the settings")
     to = to or Path("figures/toy")
     result = collect(runs)
-    llada.write(to.with_suffix(".json"), json.dumps(result) + "\n")
+    files.write(to.with_suffix(".json"), json.dumps(result) + "\n")
     print("wrote", draw(result, to.with_suffix(".png")))
 
 

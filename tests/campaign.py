@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 import dtm
-import llada_finetune as llada
+from figures import files
 from tests import campaign_answers, campaign_runs, loop_helpers
 from tests.campaign_runs import ROOT, Part
 
@@ -117,7 +117,7 @@ def main() -> int:
     about = {"command": " ".join(["python -m tests.campaign", *sys.argv[1:]]), "seed": given.seed}
     about |= {"machine": f"{platform.platform()}, {cores} cores, root: {os.geteuid() == 0}"}
     about |= {"python": platform.python_version(), "torch": torch.__version__, "size": size}
-    table = llada.read_json(given.out) if given.out.is_file() else {}
+    table = files.read_json(given.out) if given.out.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         for base in loop_helpers.small_base(Path(name, "base")):
             for key in given.parts:
@@ -132,7 +132,7 @@ def main() -> int:
                     OF_FUNCTIONS[key](part, draw, size)
                 seconds = {"seconds": round(time.monotonic() - began)}
                 table[key] = vars(part) | seconds | about
-                llada.write(given.out, table)
+                files.write(given.out, table)
     print(f"\n{'part':10}{'tried':>10}{'held':>10}{'failed':>8}{'seconds':>9}")
     for key, row in table.items():
         failed = row["tried"] - row["held"]

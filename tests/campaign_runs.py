@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import llada_finetune as llada
+from figures import files
 from tests import loop_helpers
 from tests.loop_helpers import TASKS, records
 
@@ -113,9 +114,9 @@ class Process:
 
 def difference(out: Path, whole: Path) -> str:
     """What of a run that ended is not as in the one that was never stopped."""
-    names = [path.name for path in llada.checkpoints(whole)]
-    if [path.name for path in llada.checkpoints(out)] != names:
-        return f"checkpoints {[path.name for path in llada.checkpoints(out)]}, not {names}"
+    names = [path.name for path in files.checkpoints(whole)]
+    if [path.name for path in files.checkpoints(out)] != names:
+        return f"checkpoints {[path.name for path in files.checkpoints(out)]}, not {names}"
     if records(out) != records(whole):
         return "the log differs"
     for name in (*names, "best"):
@@ -143,11 +144,11 @@ def moment(out: Path) -> str:
         return "checkpoint"
     if any(out.glob("best/.half-*")):
         return "best"
-    lines = llada.read_log(out)
+    lines = files.read_log(out)
     if not lines:
         return "first evaluation"
     last = lines[-1]
-    saved = [int(path.name[5:]) for path in llada.checkpoints(out)]
+    saved = [int(path.name[5:]) for path in files.checkpoints(out)]
     if not saved:
         return "before the first checkpoint"
     if last["kind"] == "eval":
@@ -220,7 +221,7 @@ def stopped_by_sigterm(
     os.kill(draw.choice(process.workers()), signal.SIGTERM)
     status = process.end()
     seconds = round(time.monotonic() - began, 2)
-    saved = f"SIGTERM: saved at step {int(llada.checkpoints(out)[-1].name[5:])};"
+    saved = f"SIGTERM: saved at step {int(files.checkpoints(out)[-1].name[5:])};"
     good = saved in process.said() and (status == 143 if ranks == 1 else "143" in process.said())
     part.hold(good, f"{ranks} ranks, SIGTERM: status {status}, {process.said()[-300:]}")
     wrong = resumed(base, out, whole, ranks)
@@ -265,9 +266,9 @@ def damage(part: Part, base: Path, folder: Path, draw: random.Random, size: floa
     whole, stopped = folder / "whole", folder / "stopped"
     Process(base, whole).end()
     Process(base, stopped, DIES_AT="14").end()
-    [before, last] = llada.checkpoints(stopped)
-    files = [path for path in sorted(last.rglob("*")) if path.is_file()]
-    cases = [*itertools.product(files, (halve, empty, zeros, flip, remove))]
+    [before, last] = files.checkpoints(stopped)
+    paths = [path for path in sorted(last.rglob("*")) if path.is_file()]
+    cases = [*itertools.product(paths, (halve, empty, zeros, flip, remove))]
     quick = size < 0.1
     for file, how in cases[:: 6 if quick else 1]:
         name = f"{how.__name__} {file.relative_to(last)}"

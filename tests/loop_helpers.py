@@ -31,7 +31,7 @@ class Uneven(llada.Task):
     columns = {"letters": ("letters",)}
     preset = dict(h=4, a_end=8, steps_per_h=4, prompts=16, refresh=0, refresh_steps=0, chunk=5)
     preset |= dict(gen_length=16, block=8, steps=8, temperature=1, batch=4, accum=2, lr=0.01)
-    preset |= dict(rank=4, alpha=8, dropout=0, checkpointing=False, save_every=3, eval_rows=4)
+    preset |= dict(rank=4, alpha=8, dropout=0, checkpointing="off", save_every=3, eval_rows=4)
 
     def rows(self, split: str) -> list[dict]:
         draw = random.Random(split)

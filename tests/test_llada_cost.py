@@ -8,7 +8,8 @@ import torch
 
 import llada_finetune as llada
 from figures import llada_cost, toy_llada
-from llada_finetune import CONFIG_8B, make_config
+from figures.llada_shape import CONFIG_8B
+from llada_finetune import make_config
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from llada_finetune import CONFIG_8B, make_config
 )
 def test_the_counts_are_those_of_the_official_runs(task, rollouts, training):
     """EFLOP as counted for the official runs, which recompute nothing."""
-    found = llada_cost.plan(make_config(task=task, checkpointing=False), CONFIG_8B, 8, 400.0)
+    found = llada_cost.plan(make_config(task=task, checkpointing="off"), CONFIG_8B, 8, 400.0)
     eflop = {key: found["phases"] * value for key, value in found["eflop_per_phase"].items()}
     assert eflop["rollouts"] == pytest.approx(rollouts, rel=0.15)
     assert eflop["training"] == pytest.approx(training, rel=0.15)
@@ -45,7 +46,7 @@ def test_memory_counts_the_base_in_bfloat16():
     found = llada_cost.plan(make_config(), CONFIG_8B, 8, 400.0)
     assert found["gb_per_gpu"]["base"] == pytest.approx(2 * 8_015_581_184 / 1e9)
     assert found["gb_per_gpu_total"] == pytest.approx(sum(found["gb_per_gpu"].values()))
-    more = llada_cost.plan(make_config(checkpointing=False), CONFIG_8B, 8, 400.0)
+    more = llada_cost.plan(make_config(checkpointing="off"), CONFIG_8B, 8, 400.0)
     assert more["gb_per_gpu"]["activations"] > 5 * found["gb_per_gpu"]["activations"]
 
 

@@ -11,7 +11,9 @@ from llada_helpers import close, refused, same
 from safetensors.torch import load_file, save_file
 
 import llada_finetune as llada
-from llada_finetune import LLaDA, LoRA, base_of, fingerprint, merge
+from figures import files
+from figures.files import fingerprint
+from llada_finetune import LLaDA, LoRA, base_of, merge
 
 INDEX = tiny.INDEX
 FIRST, SECOND = tiny.FILES
@@ -378,8 +380,8 @@ def test_a_merge_that_fails_leaves_nothing_that_looks_whole(folder, adapter, tmp
             raise OSError("no space left on device")
         write(path, content)
 
-    write = llada.write
-    monkeypatch.setattr(llada, "write", write_one)
+    write = files.write
+    monkeypatch.setattr(files, "write", write_one)
     with pytest.raises(OSError, match="no space"):
         merge(folder, adapter, tmp_path / "out")
     assert not (tmp_path / "out").exists()

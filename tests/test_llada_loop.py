@@ -55,7 +55,7 @@ def noted(run, student, part, w):
 loss_terms = llada.loss_terms
 BEST = {"c": "best", "normalize": "batch", "ema": 0.6, "ess": 0.7, "h": 6.0, "order": "random"}
 LEARNED = {"c": "learned", "normalize": "group", "completions": 2, "dropout": 0.1}
-PAPER = {"c": ".5", "ema": 0.9, "lora": "paper", "checkpointing": True, "steps_per_h": 2}
+PAPER = {"c": ".5", "ema": 0.9, "lora": "paper", "checkpointing": "on", "steps_per_h": 2}
 RUNS = [
     pytest.param({"weight_decay": 0.1}, id="raw weights"),
     pytest.param(BEST, id="best scalar c"),

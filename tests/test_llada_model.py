@@ -11,7 +11,8 @@ from torch import Generator
 
 import dtm
 import llada_finetune as llada
-from llada_finetune import CONFIG_8B, LLaDA, LoRA, generate
+from figures.llada_shape import CONFIG_8B
+from llada_finetune import LLaDA, LoRA, generate
 
 OTHER = {"d_model": 48, "n_layers": 3, "n_heads": 3, "n_kv_heads": 3, "mlp_hidden_size": 40}
 OTHER |= {"vocab_size": 50, "embedding_size": 50, "rope_theta": 77.0, "rms_norm_eps": 1e-3}

@@ -17,8 +17,9 @@ from torch.testing import assert_close
 
 import dtm
 import llada_finetune as llada
-from figures import toy_llada
-from llada_finetune import TASKS, LoRA, Ranks, checkpoints
+from figures import files, toy_llada
+from figures.files import checkpoints
+from llada_finetune import TASKS, LoRA, Ranks
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +219,7 @@ def test_changed_rows_and_a_changed_base_are_refused(base, tmp_path):
     changed = llada.LLaDA.from_pretrained(model)
     changed.model["transformer"]["ff_out"].weight.mul_(2)
     changed.save_pretrained(model)
-    llada.fingerprint.cache_clear()
+    files.fingerprint.cache_clear()
     assert "the content of --model has changed since" in complaint("--out", out)
 
 
@@ -336,7 +337,7 @@ def two_ranks(base: Path, out: Path) -> None:
     train(ranks, base, out / "stopped", **more)
     train(ranks, base, out / "blind", eval_rows=0, steps_per_h=1, a_end=4.0)
     llada.mask_blockwise = steady
-    run = tuned(base, out, ranks, c="0.7", normalize="batch", checkpointing=True)
+    run = tuned(base, out, ranks, c="0.7", normalize="batch", checkpointing="on")
     run.buffer.fill(16)
     run.buffer.data["r"] = torch.linspace(0, 1, 16).double() + ranks.rank
     student = llada.parallel(run.model, ranks)
@@ -377,7 +378,7 @@ def test_without_validation_rows_the_best_is_the_last_phase(ranks, base):
     [last] = checkpoints(blind)
     best, final = (LoRA.load(f, loop_helpers.SIZE) for f in (blind / "best", last / "adapter"))
     assert_close(best.state_dict(), final.state_dict(), atol=0, rtol=0)
-    assert best.base == final.base == (str(base), llada.fingerprint(base))
+    assert best.base == final.base == (str(base), files.fingerprint(base))
 
 
 def test_two_ranks_step_and_score_as_one_process(ranks, base, tmp_path, monkeypatch):
