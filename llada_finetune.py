@@ -276,9 +276,9 @@ def masked_answers(run: "Run") -> list[tuple]:
 def loss_sum(
     run: "Run", student: nn.Module, part: list[int], xt: Tensor, mask: Tensor, w: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The loss of the buffer's answers `part`, masked as xt, mask (B, L), with weights w (B,), summed
-    over answers, each its mean over masked positions (`dtm.row_mean`). Beside it, for the log,
-    float64 sums of [loss, KL(pi_a || pi_theta)] over answers and of [c, 1] over positions."""
+    """The loss of the buffer's answers `part`, masked as xt, mask (B, L), weights w (B,): a sum
+    over answers of means over masked positions (`dtm.row_mean`). Beside it, for the log, float64
+    sums of [loss, KL(pi_a || pi_theta)] over answers and of [c, 1] over positions."""
     model, data = run.model, run.buffer.data
     inputs = canvas(*run.buffer.prompts(data["row"][part].tolist()), xt, mask)
     with torch.no_grad():
