@@ -4,8 +4,9 @@
     python -m figures.llada_cost --bench --out runs/bench    one buffer, ten steps on this machine
 
 Counts: a map of n numbers costs 2 n FLOPs a token, a backward pass through the frozen base one
-more forward, recomputation another. Every prompt counts as --prompt_length. --tflops is what a GPU
-attains, not its data sheet's peak.
+more forward, recomputation another. Every prompt counts as --prompt_length, every answer as long as
+--gen_length, unless --filled says which share of its blocks an answer begins before its end: the
+others are neither decoded nor trained. --tflops is what a GPU attains, not its data sheet's peak.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from figures import files, toy_llada
 from figures.llada_shape import (
     CONFIG_8B,
     body_parameters,
+    choose_pass,
     count_memory,
     count_parameters,
 )
@@ -30,20 +32,28 @@ from figures.tasks import Sudoku
 
 # ---- 1. Counted ---------------------------------------------------------------------------------
 COUNTED = ("model", "h", "a_end", "steps_per_h", "prompts", "completions", "refresh")
-COUNTED += ("refresh_steps", "ema", "lora", "rank", "dropout", "eval_rows", "cache")
+COUNTED += ("refresh_steps", "ema", "lora", "rank", "dropout", "eval_rows")
 
 
-def plan(cfg: llada.Config, config: dict, gpus: int, tflops: float) -> dict:
+def plan(
+    cfg: llada.Config, config: dict, gpus: int, tflops: float, gb: float = 80.0, filled: float = 1.0
+) -> dict:
     """Parameters, GB a GPU, EFLOP and hours of a run with settings cfg of a model `config`."""
     check(gpus > 0 and tflops > 0, f"--gpus {gpus} and --tflops {tflops:g} must be positive")
+    check(
+        gb > 0 and 0 < filled <= 1, f"--gpu_gb {gb:g} must be positive, --filled {filled} a share"
+    )
     parameters, trainable = count_parameters(cfg, config)
-    eflop = count_eflop(cfg, config, gpus)
-    memory = count_memory(cfg, config)
+    batch, recompute = choose_pass(cfg, config, gb)
+    memory = count_memory(cfg, config, batch, recompute)
+    eflop = count_eflop(cfg, config, gpus, recompute, filled)
     count = sum(1 for _ in phases(cfg.a_end, cfg.h))
     hours = sum(eflop.values()) * 1e6 / (gpus * tflops * 3600)
     return {
         "parameters": parameters,
         "trainable": trainable,
+        "answers_a_pass": batch,
+        "recomputed": recompute,
         "gb_per_gpu": memory,
         "gb_per_gpu_total": sum(memory.values()),
         "phases": count,
@@ -61,25 +71,49 @@ def answers_per_phase(cfg: llada.Config, gpus: int) -> int:
     return gpus * cfg.completions * (cfg.prompts + renewals * cfg.refresh)
 
 
-def count_eflop(cfg: llada.Config, config: dict, gpus: int) -> dict[str, float]:
-    """Of one phase, on all GPUs."""
+def forward_flop(cfg: llada.Config, config: dict, computed: int) -> float:
+    """Of one answer, `computed` of whose positions run; all are seen. The last block runs keys and
+    values there, all else at the active block's masks alone, as do norm and head."""
     d, n, V = config["d_model"], config["n_layers"], config["vocab_size"]
-    tokens = cfg.prompt_length + cfg.gen_length
     masks = (cfg.block + 1) / 2  # of the active block, on average
-    products = 2 * (body_parameters(config) + count_parameters(cfg, config)[1])
-    forward = tokens * (products + 4 * d * n * tokens) + 2 * d * V * masks
-    forwards_a_step = 4 if cfg.checkpointing else 3  # teacher, student, backward, recomputed
-    trained = gpus * cfg.batch * cfg.accum * cfg.steps_per_h
+    seen = cfg.prompt_length + cfg.gen_length
+    weights = (body_parameters(config) + count_parameters(cfg, config)[1]) / n
+    block = 2 * weights + 4 * d * seen
+    keys_and_values = 2 * 2 * d * d
+    return (n - 1) * computed * block + computed * keys_and_values + masks * (block + 2 * d * V)
+
+
+def answer_flop(cfg: llada.Config, config: dict, filled: float) -> float:
+    """Of decoding an answer, `filled` of whose blocks begin before its end."""
+    whole = cfg.prompt_length + cfg.gen_length
+    blocks = cfg.gen_length // cfg.block
+    total = 0.0
+    for i in range(blocks):
+        later = {"off": whole, "prefix": cfg.gen_length - i * cfg.block, "dual": cfg.block}
+        first = forward_flop(cfg, config, whole)
+        rest = (cfg.steps // blocks - 1) * forward_flop(cfg, config, later[cfg.cache])
+        total += min(1.0, max(0.0, filled * blocks - i)) * (first + rest)
+    return total
+
+
+def count_eflop(
+    cfg: llada.Config, config: dict, gpus: int, recompute: bool, filled: float = 1.0
+) -> dict[str, float]:
+    """Of one phase, on all GPUs."""
+    answer = answer_flop(cfg, config, filled)
+    forwards_a_step = 4 if recompute else 3  # teacher, student, backward, recomputed
+    trained = gpus * cfg.batch * cfg.accum * cfg.steps_per_h * filled
+    forward = forward_flop(cfg, config, cfg.prompt_length + cfg.gen_length)
     return {
-        "rollouts": answers_per_phase(cfg, gpus) * cfg.steps * forward / 1e18,
-        "validation": cfg.eval_rows * cfg.steps * forward / 1e18,
+        "rollouts": answers_per_phase(cfg, gpus) * answer / 1e18,
+        "validation": cfg.eval_rows * answer / 1e18,
         "training": trained * forwards_a_step * forward / 1e18,
     }
 
 
 # ---- 2. Measured --------------------------------------------------------------------------------
 BENCH_SETTINGS = ("chunk", "gen_length", "block", "steps", "prompt_length", "batch", "accum")
-BENCH_SETTINGS += ("checkpointing",)
+BENCH_SETTINGS += ("checkpointing", "compile", "cache", "past_end")
 
 
 class Bench(Sudoku):
@@ -136,7 +170,8 @@ def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
     log = [record for record in files.read_log(run.out) if record["kind"] == "step"]
     rollout = log[-1]["seconds"]["rollout"]
     step = (log[-1]["seconds"]["train"] - log[1]["seconds"]["train"]) / 8  # the first two warm up
-    eflop = count_eflop(run.cfg, config, 1)
+    recomputed = run.model.checkpointing
+    eflop = count_eflop(run.cfg, config, 1, recomputed)
     answers = run.cfg.prompts * run.cfg.completions
     result = {
         "device": torch.cuda.get_device_name() if ranks.cuda else "cpu",
@@ -148,6 +183,7 @@ def bench(cfg: llada.Config, ranks: llada.Ranks) -> dict:
         "step_seconds": step,
         "step_share_of_matmul": eflop["training"] / 10 * 1e18 / step / rate,
         "peak_gb": log[-1]["gpu_gb"],
+        "counted_gb": sum(count_memory(run.cfg, config, run.batch, recomputed).values()),
         "settings": settings,
     }
     files.write(out / "bench.json", result)
@@ -162,15 +198,22 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--gpus", type=int, default=None, help="number of GPUs (default 8)")
     attained = "TFLOP/s that each GPU attains (default 400)"
     parser.add_argument("--tflops", type=float, default=None, help=attained)
+    memory = "memory of each GPU, GB (default 80)"
+    parser.add_argument("--gpu_gb", type=float, default=None, help=memory)
+    share = "share of its blocks that an answer begins before its end (default 1)"
+    parser.add_argument("--filled", type=float, default=None, help=share)
     measure = "time this machine instead, one process, with random weights of the 8B shape"
     parser.add_argument("--bench", action="store_true", help=measure)
     flags = ("task", "out", *BENCH_SETTINGS, *COUNTED)
     llada.add_settings(parser, only=flags, own={"out": "runs/bench, of --bench"})
     given = vars(parser.parse_args(argv))
-    measured, gpus, tflops = given.pop("bench"), given.pop("gpus"), given.pop("tflops")
+    measured = given.pop("bench")
+    defaults = {"gpus": 8, "tflops": 400.0, "gpu_gb": 80.0, "filled": 1.0}
+    counted = {name: given.pop(name) for name in defaults}
     cfg = llada.make_config(**given)
     if measured:
-        check(gpus is None and tflops is None, "--gpus and --tflops belong to the count")
+        odd = [name for name, value in counted.items() if value is not None]
+        check(not odd, f"--{', --'.join(odd)} belong to the count, not to --bench")
         odd = sorted(given.keys() & set(COUNTED))
         check(not odd, f"--bench does not depend on --{', --'.join(odd)}; leave them out")
         result = bench(replace(cfg, out=given.get("out", "runs/bench")), llada.Ranks())
@@ -180,7 +223,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.model and Path(cfg.model).is_dir():
             config = files.read_json(Path(cfg.model) / "config.json")
         config = llada.check_model_config(config)
-        result = plan(cfg, config, 8 if gpus is None else gpus, 400.0 if tflops is None else tflops)
+        for name, value in counted.items():
+            defaults[name] = defaults[name] if value is None else value
+        result = plan(cfg, config, *defaults.values())
     text = json.dumps(result)
     print(json.dumps(json.loads(text, parse_float=four_digits), indent=1))
 

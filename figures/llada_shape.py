@@ -66,18 +66,19 @@ def count_parameters(cfg, config: dict) -> tuple[int, int]:
 
 
 def count_memory(cfg, config: dict, batch: int, recompute: bool, size: int = 2) -> dict[str, float]:
-    """GB on a device in a forward pass of `batch` answers, in numbers of `size` bytes."""
+    """GB on a device in a forward pass of `batch` answers, in numbers of `size` bytes. What passes
+    through while a block runs counts as much as what it keeps."""
     d, n, V = config["d_model"], config["n_layers"], config["vocab_size"]
     total, trainable = count_parameters(cfg, config)
     tokens = batch * (cfg.prompt_length + cfg.gen_length)
     block = tokens * kept_a_token(cfg, config, size)
-    activations = block + tokens * size * d * n if recompute else block * n
+    kept = block + tokens * size * d * n if recompute else block * n
     return {
         "base": size * total / 1e9,
         "student, gradient, AdamW": 16 * trainable / 1e9,
         "teacher": size * trainable / 1e9,
         "average": (4 * trainable if cfg.ema else 0) / 1e9,
-        "activations": activations / 1e9,
+        "activations": (kept + block) / 1e9,
         "logits": batch * (cfg.block + 1) / 2 * V * 24 / 1e9,
     }
 

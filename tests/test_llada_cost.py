@@ -46,8 +46,28 @@ def test_memory_counts_the_base_in_bfloat16():
     found = llada_cost.plan(make_config(), CONFIG_8B, 8, 400.0)
     assert found["gb_per_gpu"]["base"] == pytest.approx(2 * 8_015_581_184 / 1e9)
     assert found["gb_per_gpu_total"] == pytest.approx(sum(found["gb_per_gpu"].values()))
+    less = llada_cost.plan(make_config(checkpointing="on"), CONFIG_8B, 8, 400.0)
     more = llada_cost.plan(make_config(checkpointing="off"), CONFIG_8B, 8, 400.0)
-    assert more["gb_per_gpu"]["activations"] > 5 * found["gb_per_gpu"]["activations"]
+    assert more["gb_per_gpu"]["activations"] > 5 * less["gb_per_gpu"]["activations"]
+
+
+def test_the_hours_follow_memory_ends_and_caches():
+    """Recomputation is a fourth forward pass; answers that end in the middle cost half; a cache
+    cheapens rollouts alone, `dual` more than `prefix`."""
+
+    def plan(gb=80.0, filled=1.0, **more):
+        return llada_cost.plan(make_config(**more), CONFIG_8B, 8, 400.0, gb, filled)
+
+    large, small, half = plan(), plan(gb=40.0), plan(filled=0.5)
+    assert (large["recomputed"], small["recomputed"]) == (False, True)
+    assert large["gb_per_gpu_total"] <= 68 and small["gb_per_gpu_total"] <= 34
+    training = [found["eflop_per_phase"]["training"] for found in (large, small)]
+    assert training[1] == pytest.approx(training[0] * 4 / 3)
+    assert half["eflop"] == pytest.approx(large["eflop"] / 2)
+    prefix, dual = plan(cache="prefix"), plan(cache="dual")
+    rollouts = [found["eflop_per_phase"]["rollouts"] for found in (large, prefix, dual)]
+    assert 5 < rollouts[0] / rollouts[1] < 8 and 10 < rollouts[0] / rollouts[2] < 13
+    assert dual["eflop_per_phase"]["training"] == pytest.approx(training[0])
 
 
 def test_a_bench_rolls_out_trains_and_resumes(tmp_path, monkeypatch, capsys):
@@ -75,6 +95,8 @@ def test_a_bench_rolls_out_trains_and_resumes(tmp_path, monkeypatch, capsys):
         pytest.param(["--gpus", "0"], "must be positive", id="no GPU"),
         pytest.param(["--task", "chess"], "expected one of", id="no task"),
         pytest.param(["--tflops", "0"], "must be positive", id="no rate"),
+        pytest.param(["--filled", "2"], "2.0 a share", id="more than all"),
+        pytest.param(["--bench", "--filled", "1"], "belong to the count", id="filled"),
     ],
 )
 def test_no_flag_is_ignored(words, message):
