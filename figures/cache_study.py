@@ -1,0 +1,152 @@
+"""What decoding with kept keys and values (`--cache`) does to a whole run of the small LLaDA.
+
+    python -m figures.cache_study --jobs 2     three seeds, half an hour on 2 cores
+
+Eighteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
+learned or 0; blocks of 4, as with one block of 16 both caches are one. Runs of a seed share their
+base. Every run is scored by exact decoding; the exact runs' best adapters also by each cache. Runs
+are kept in --runs, and the same command goes on with those that were stopped.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+import llada_finetune as llada
+import maze_lab as lab
+from dtm import check
+from figures import files, toy_llada
+
+CACHES = {"off": "exact", "prefix": "prefix kept", "dual": "both sides kept"}
+CONTROLS = {"learned": "learned c", "0": "c = 0"}
+BLOCK = 4
+
+
+def command_of(run: Path, seed: int, control: str, cache: str, more: list[str]) -> list[str]:
+    words = [sys.executable, "-m", "figures.toy_llada", "--seed", str(seed), "--out", str(run)]
+    words += ["--block", str(BLOCK), "--c", control, "--cache", cache, *more]
+    base = run.parent / f"off-learned-{seed}" / "base"
+    return words if cache == "off" and control == "learned" else [*words, "--model", str(base)]
+
+
+def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
+    """Each run in a process of its own with one thread; the bases first."""
+    runs.mkdir(parents=True, exist_ok=True)
+    kinds = [(cache, control) for cache in CACHES for control in CONTROLS]
+    kinds.sort(key=lambda kind: kind != ("off", "learned"))
+    waves = [kinds[:1], kinds[1:]]
+    bar = tqdm(total=seeds * len(kinds), unit="run")
+
+    def finish(job: tuple[int, str, str]) -> dict:
+        seed, cache, control = job
+        run = runs / f"{cache}-{control}-{seed}"
+        words = command_of(run, seed, control, cache, more)
+        clock = time.perf_counter()
+        with open(runs / f"{run.name}.log", "w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(words, env=environment, stdout=log, stderr=log)
+        check(done.returncode == 0, f"{run} failed; see {runs / run.name}.log")
+        bar.update()
+        row = {"cache": cache, "control": control, "seed": seed}
+        return row | {"wall_seconds": time.perf_counter() - clock} | read_run(run)
+
+    rows = []
+    for wave in waves:
+        todo = [(seed, *kind) for seed in range(seeds) for kind in wave]
+        with ThreadPoolExecutor(jobs) as pool:
+            rows += pool.map(finish, todo)
+    bar.close()
+    return rows
+
+
+def read_run(run: Path) -> dict:
+    """Of the phase that the validation rows chose, on test rows; and of the whole run."""
+    test = files.read_json(run / "result.json")["test"]
+    log = files.read_log(run)
+    scores = [record["solved"] for record in log if record.get("split") == "test"]
+    steps = [record for record in log if record["kind"] == "step"]
+    return {
+        "solved": test["solved"],
+        "phase": test["phase"],
+        "last": scores[-1],
+        "by_phase": scores,
+        "rollout_seconds": steps[-1]["seconds"]["rollout"],
+        "train_seconds": steps[-1]["seconds"]["train"],
+    }
+
+
+def score_by_cache(run: Path) -> dict[str, float]:
+    """Share of test rows that the run's best adapter solves, decoded in each way."""
+    settings = files.read_json(run / "config.json")
+    given = {name: settings[name] for name in ("task", "model", "block", "seed")}
+    rows = llada.TASKS["toy"].rows("test")
+    found = {}
+    for cache in CACHES:
+        cfg = llada.make_config(**given, out=str(run), cache=cache)
+        judge = llada.Run(replace(cfg, eval_rows=0), llada.Ranks(), rows, [])
+        lora = llada.LoRA.load(run / "best", judge.model.config)
+        judge.model.adapters["teacher"] = lora
+        found[cache] = llada.evaluate(judge, rows, cfg.gen_length)["solved"]
+    return found
+
+
+def draw(result: dict, path: Path) -> Path:
+    """Left: solved by the run's end. Right: the same adapters, decoded in each way."""
+    plt = lab.pyplot()
+    figure, (end, scored) = plt.subplots(
+        1, 2, figsize=(8.8, 3.4), layout="constrained", sharey=True
+    )
+    for shift, (control, name) in enumerate(CONTROLS.items()):
+        colour = lab.COLOURS[4 - 3 * shift]
+        for place, cache in enumerate(CACHES):
+            runs = [r for r in result["rows"] if (r["cache"], r["control"]) == (cache, control)]
+            label = name if place == 0 else None
+            x = [place + 0.2 * shift - 0.1] * len(runs)
+            end.plot(x, [r["solved"] for r in runs], "o", ms=5, color=colour, label=label)
+    for place, cache in enumerate(CACHES):
+        shares = [row["by_cache"][cache] for row in result["rows"] if "by_cache" in row]
+        scored.plot([place] * len(shares), shares, "o", ms=5, color=lab.COLOURS[4])
+    names = list(CACHES.values())
+    end.set(ylabel="test puzzles solved", xlabel="rollouts of the run", xticks=range(3))
+    scored.set(xlabel="decoding of exactly trained adapters", xticks=range(3))
+    for axes in (end, scored):
+        axes.set_xticklabels(names)
+        axes.set_xlim(-0.5, 2.5)
+    end.legend(frameon=False)
+    return lab.save_figure(figure, path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Caches in whole runs of the small LLaDA.")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, from 0 (default 3)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once (default 2)")
+    runs = "folder of the runs (default runs/cache)"
+    parser.add_argument("--runs", type=Path, default=Path("runs/cache"), help=runs)
+    to = "figure and JSON, without suffix (default figures/cache_study)"
+    parser.add_argument("--to", type=Path, default=Path("figures/cache_study"), help=to)
+    steps = f"steps of a phase (default {toy_llada.Toy.preset['steps_per_h']})"
+    parser.add_argument("--steps_per_h", type=int, help=steps)
+    args = parser.parse_args(argv)
+    check(args.seeds > 0 and args.jobs > 0, "--seeds and --jobs must be positive")
+    clock = time.perf_counter()
+    more = ["--steps_per_h", str(args.steps_per_h)] if args.steps_per_h else []
+    rows = run_all(args.runs, args.seeds, args.jobs, more)
+    for row in rows:
+        if (row["cache"], row["control"]) == ("off", "learned"):
+            row["by_cache"] = score_by_cache(args.runs / f"off-learned-{row['seed']}")
+    command = " ".join(["python -m figures.cache_study", *sys.argv[1:]])
+    result = {"command": command, "minutes": (time.perf_counter() - clock) / 60, "block": BLOCK}
+    result["rows"] = rows
+    files.write(args.to.with_suffix(".json"), result)
+    print("wrote", draw(result, args.to.with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    llada.run_as_script(main)
