@@ -27,11 +27,10 @@ THE ALGORITHM (`tilt` of maze_lab.py and `train` of llada_finetune.py run it)
 THE MODEL PROTOCOL: model(xt, where=None) returns logits (B, L, V), or, given a boolean (B, L) mask,
 those positions' logits (M, V) in row-major order. For the oracles MASK = V, sequences are base-V
 numbers, most significant digit first, and laws are flat (V**L,). Half precision is reduced in
-float32, float64 in float64. Bad input raises ValueError. Equations (D1), (D2), ... are numbered
-here ((D10) is in figures/objectives.py); names such as Prop 3.3 are the paper's.
+float32, float64 in float64. What is bad or not finite raises ValueError. (D1), (D2), ... are
+numbered here, (D10) in figures/objectives.py; Prop 3.3 is the paper's number.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 
@@ -55,14 +54,20 @@ def check(ok: bool | Tensor, message: str) -> None:
         raise ValueError(message)
 
 
+def finite(x: Tensor, name: str) -> Tensor:
+    """x, checked, as it is smaller than the logits: one of -inf would put 0 * -inf into a loss."""
+    why = "NaN, inf or huge numbers came in, or no position; ban a token by -1e4, not by -inf"
+    check(x.isfinite().all(), f"{name}: the result is not finite: {why}")
+    return x
+
+
 # ---- 1. The tilt --------------------------------------------------------------------------------
 def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor = None) -> Tensor:
     """The weight w (B,) that carries rho_a to rho_{a+h}, for rewards r (B,).
         rho_{a+h}(x) = rho_a(x) e^{h r(x)} / Z,    Z = E_a[e^{h r}]                          (D1)
     normalize: divide by the batch mean or, with group (B,) of prompt ids, by each prompt's mean.
     Not in the paper. Dividing by a prompt's E[w] moves no minimiser (its estimate does, by
-    O(1/completions)). With E[w] = 1, c = 1 is near the best at moderate h; raw weights outgrow it.
-    ValueError: h r is not finite, or a raw weight overflows."""
+    O(1/completions)). With E[w] = 1, c = 1 is near the best at moderate h; raw w outgrow it."""
     log_w = h * wide(torch.as_tensor(r))
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
     if normalize:
@@ -93,16 +98,15 @@ def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbe
     x1                (...)     finished tokens, integer
     w, c              broadcast to x1, constants of the graph; returns the loss (...)
 
-    Why c is free: given xt, e has mean pi_a, so E_a[e - pi_a | xt] = 0 and E_a[T | xt] =
-    E_a[w e | xt], which is (D2) times Z(xt). c moves the variance alone, and may depend on (xt, i)
-    but on nothing of x1 behind the masks. A free c asks for exact draws x1 (see `sample`), masks
-    blind to token values, and a consistent teacher: pi_a is the posterior of the law that drew x1.
-    A net's conditionals are never quite those of one law: c = 0 still tilts the rollouts' law
-    exactly, c > 0 adds a pull c (pi_a - that law's posterior), a bias (`python dtm.py` shows it).
-    For c >= 0 one sample's loss is unbounded below iff T(x1_i) < 0: w < c (1 - pi_a(x1_i)). Its
-    mean given xt, Z(xt) times the cross-entropy to pi_{a+h}, is bounded below, which is sure only
-    for a consistent teacher and the full expectation, not over a finite buffer. r >= 0 (a tilt
-    ignores constants), raw w and 0 <= c <= 1 keep T >= 0.
+    Why c is free: given xt, e has mean pi_a, so E_a[T | xt] = E_a[w e | xt], which is (D2) times
+    Z(xt). c moves the variance alone, and may depend on (xt, i) but on nothing of x1 behind the
+    masks. A free c asks for exact draws x1 (see `sample`), masks blind to token values, and a
+    consistent teacher: pi_a is the posterior of the law that drew x1. A net's conditionals are
+    never quite those of one law: c = 0 still tilts the rollouts' law exactly, c > 0 adds a pull
+    c (pi_a - that law's posterior), a bias (`python dtm.py` shows it). For c >= 0 one sample's loss
+    is unbounded below iff T(x1_i) < 0: w < c (1 - pi_a(x1_i)). Its mean given xt is bounded below
+    for a consistent teacher, but not over a finite buffer. r >= 0 (a tilt ignores constants), raw w
+    and 0 <= c <= 1 keep T >= 0.
     Official: yuyuanchen0/dtm lightning_module.py l.476-486 (901c244), same value, dense one-hot."""
     w, c = constants(logits, logits_a, x1, w, c)
     logits = wide(logits)
@@ -110,7 +114,7 @@ def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbe
     hit = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
     pi_a = wide(logits_a.detach()).softmax(-1)  # (..., V)
     base = (pi_a * logits).sum(-1) - log_z  # (...)  E_{v ~ pi_a} log pi_theta(v)
-    return -(c * base + (w - c) * hit)  # (D3)
+    return finite(-(c * base + (w - c) * hit), "c_dtm_loss")  # (D3)
 
 
 def constants(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbers = 1.0) -> Pair:
@@ -120,14 +124,15 @@ def constants(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Number
     check(fits, f"expected logits and logits_a (..., V), x1 (...); got {shapes}")
     V = logits.shape[-1]
     check(((x1 >= 0) & (x1 < V)).all(), f"x1 must hold tokens below V = {V}; is a mask left?")
-    w = torch.as_tensor(w, dtype=wide(logits).dtype, device=logits.device).detach()
-    c = torch.as_tensor(c, dtype=wide(logits).dtype, device=logits.device).detach()
-    for name, t in (("w", w), ("c", c)):
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # that of `wide`, without its copy
+    w = torch.as_tensor(w, dtype=dtype, device=logits.device).detach()
+    c = torch.as_tensor(c, dtype=dtype, device=logits.device).detach()
+    for name, t in {"w": w, "c": c}.items():
         sizes = zip(t.shape[::-1], x1.shape[::-1], strict=False)
         fits = t.dim() <= x1.dim() and all(size in (1, full) for size, full in sizes)
         shapes = f"{name} {tuple(t.shape)} does not broadcast to x1 {tuple(x1.shape)}"
         check(fits, f"{shapes}; a value per row needs [:, None]")
-        check(t.isfinite().all(), f"{name} must be finite")
+        check(t.isfinite().all(), f"{name} must be finite; check the rewards and h")
     return w, c
 
 
@@ -135,7 +140,7 @@ def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) 
     """Explicit tilt matching: (D3) to first order in h; r (...) broadcasts like w.
         T = pi_a + h r (e - pi_a),    which is (D3) at w = 1 and c = 1 - h r                 (D4)
     Minimiser, where that is >= 0: pi_a + h Cov_a(r, e | xt), an Euler step, off by O(h^2)."""
-    hr = h * torch.as_tensor(r, dtype=wide(logits).dtype, device=logits.device)
+    hr = h * wide(r)
     return c_dtm_loss(logits, logits_a, x1, torch.ones_like(hr), 1 - hr)
 
 
@@ -152,9 +157,8 @@ def self_consistent_loss(
 
 
 def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
-    """Mean over each row's trained positions, then over rows; a scalar. loss is dense (B, L) or
-    gathered (M,); mask (B, L) has a True in each row, or ValueError. For loss = -log pi_theta(x1_i)
-    under `mask_random` it is one L-th of the order-agnostic likelihood bound:
+    """Mean of a dense (B, L) or gathered (M,) loss over each row's trained positions, then over
+    rows. Of -log pi_theta(x1_i) under `mask_random` it is one L-th of the order-agnostic bound:
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i|xt)]  >=  -log rho_theta(x1)    (D6)"""
     if loss.shape == mask.shape:
         loss = loss[mask]
@@ -182,16 +186,15 @@ def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> P
     hit_a = p_a.gather(-1, token)[..., 0]  # (...)  pi_a(x1_i)
     q = (1 - 2 * hit_a + p_a.square().sum(-1)).clamp_min(1e-12)  # |e - pi_a|^2 without building e
     y = w * (1 - hit - hit_a + (p * p_a).sum(-1)) / q  # (e - pi_theta).(e - pi_a), likewise
-    return y, q
+    return finite(y, "state_c_target"), q
 
 
 def best_c(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Numbers = 1.0) -> Tensor:
     """The best scalar c: it minimises the variance of the logit gradient of sum share * loss.
         c* = sum share^2 q y / sum share^2 q    with q, y of (D7); `row_mean`: share = 1/k   (D8)
-    On its own batch c* correlates with e and biases the gradient by O(1/batch): use the c* of
-    earlier batches. Shapes and errors as `c_dtm_loss`; returns a scalar."""
+    On its own batch c* correlates with e, a bias of O(1/batch): use the c* of earlier batches."""
     y, q = state_c_target(logits, logits_a, x1, w)
-    return (share**2 * q * y).sum() / (share**2 * q).sum()
+    return finite((share**2 * q * y).sum() / (share**2 * q).sum(), "best_c")
 
 
 # ---- 4. Annealing -------------------------------------------------------------------------------
@@ -201,26 +204,26 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
     r (n,) are the teacher's rewards; p (n,), of sum 1, their chances if r lists outcomes, no draws.
     Bisection: log ESS = 2 K(h) - K(2h) falls in h, as the cumulant function K of r is convex."""
     given = f"next_h: needs 0 < ess <= 1 (got {ess:g}), h_max >= 0 (got {h_max:g}), finite rewards"
-    check(0 < ess <= 1 and h_max >= 0 and r.numel() and r.isfinite().all(), given)
+    check(0 < ess <= 1 and 0 <= h_max < math.inf and r.numel() and r.isfinite().all(), given)
     r = r.detach().double().flatten().cpu()
-    p = torch.full_like(r, 1 / len(r)) if p is None else p.detach().double().flatten().cpu()
-    log_p = p.log()
+    r = r - r.max()  # ESS does not change, and no exponential overflows
+    log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().double().cpu().log()
     low = 0.0
     high = trial = float(h_max)  # the first trial is h_max itself
-    for _ in range(60):
-        log_ess = 2 * (log_p + trial * r).logsumexp(0) - (log_p + 2 * trial * r).logsumexp(0)
-        if log_ess.exp() >= ess:
+    while low < trial:  # until no number lies between
+        log_ess = 2 * (log_p + trial * r).logsumexp(0) - (log_p + 2 * (trial * r)).logsumexp(0)
+        if log_ess >= math.log(ess) - 1e-12:  # which is more than its rounding
             low = trial
         else:
-            high = trial
-        trial = (low + high) / 2
+            high = math.nextafter(trial, 0)  # the largest h that may still do
+        trial = low + (high - low) / 2  # low + high might overflow
     return low
 
 
 def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[float, float]]:
     """Yields (a, h) from a = 0 to a + h = a_end, the last h shortened; h: fixed, or a rule h(a)."""
     a = 0.0
-    while a < a_end * (1 - 1e-9):
+    while not a >= a_end * (1 - 1e-9):  # a NaN, too, gets to the check
         step = min(float(h(a) if callable(h) else h), a_end - a)
         stuck = f"phases: the step {step:g} at a = {a:g} does not lead to a_end = {a_end:g}"
         check(step > 1e-9 * a_end, stuck)
@@ -283,13 +286,12 @@ def sample(
               "confidence": draw everywhere, commit the draws of highest (noise-free, untempered)
               probability, which sharpens the law. Reference: ML-GSAI/LLaDA generate.py
     block     decode blocks of this many positions from left to right (None: all at once)
-    per_step  tokens a step and row; overruled by `steps` a block: M masks as M // steps, the first
-              M mod steps one more
+    per_step  tokens a step and row; overruled by `steps` a block, of M // steps or one more each
     ban_mask  never draw mask_id (False: what draws it stays masked, as in the reference)"""
     block = xt.shape[1] if block is None else block
     check(order in ORDERS, f"sample: order {order!r} is not one of {', '.join(ORDERS)}")
-    least = min(per_step, block, 1 if steps is None else steps)
-    check(least >= 1, f"sample: per_step, block and steps must be >= 1, got {least}")
+    least = min(len(xt), per_step, block, 1 if steps is None else steps)
+    check(least >= 1, f"sample: rows, per_step, block and steps must be >= 1, got {least}")
     check(temperature >= 0, f"sample: temperature {temperature} must be >= 0")
     place = torch.arange(xt.shape[1], device=xt.device)
     yield xt
@@ -305,8 +307,7 @@ def sample(
                 where = where & (ranks(noise.masked_fill(~where, -1)) < quota)
             logits = model(xt, where)  # (M, V)
             if ban_mask and 0 <= mask_id < logits.shape[-1]:
-                logits = logits.clone()
-                logits[:, mask_id] = -torch.inf
+                logits = logits.index_fill(-1, place.new_tensor(mask_id), -torch.inf)
             token = draw(logits, temperature, generator)  # (M,)
             commit = where
             if order != "random":
@@ -321,11 +322,12 @@ def sample(
 def draw(logits: Tensor, temperature: float, generator: Noise) -> Tensor:
     """Tokens (M,) ~ softmax(logits / temperature) by Gumbel-max. Never in bfloat16: its noise ends
     at 5.5, the usual maximum at V = 126,464 is 11.7: rare tokens would never be drawn."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = wide(logits) / temperature
-    gumbel = -torch.empty_like(logits).exponential_(generator=generator).log()
-    return (logits + gumbel).argmax(-1)
+    if temperature > 0:
+        logits = wide(logits) / temperature
+        logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+    best, token = logits.max(-1)
+    check(best.isfinite().all(), "sample: a drawn logit is not finite; check model and temperature")
+    return token
 
 
 # ---- 7. Exact oracles for small V and L; MASK = V -----------------------------------------------
@@ -375,13 +377,13 @@ def exact_marginal(
             child = number[row, None] + (token - V) * worth[place, None]  # (M, V) state numbers
             flow = reach[number[row], None] * p.flatten(0, 1)  # (M, V)
             reach = reach.index_add(0, child.flatten(), flow.flatten())
-    return reach[k == 0]
+    return finite(reach[k == 0], "exact_marginal")
 
 
 def exact_tilt(rho: Tensor, r: Tensor, a: float) -> Tensor:
     """rho_a ~ rho e^{a r} (D1), float64; rho and r (V**L,)."""
     check(rho.shape == r.shape, f"exact_tilt: {[*rho.shape]} and {[*r.shape]} must share a shape")
-    return (rho.double().log() + a * r.double()).softmax(0)
+    return finite((rho.double().log() + a * r.double()).softmax(0), "exact_tilt")
 
 
 def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
@@ -421,7 +423,8 @@ def regret_bound(model: Callable, rho: Tensor, r: Tensor, h: float, V: int) -> P
         kl = (torch.xlogy(pi, pi) - pi * log_pi_theta).sum((1, 2))
         bound = bound + torch.where(rho_h > 0, rho_h * kl, 0).sum() / (k * math.comb(L, k))
     rho_theta = exact_marginal(model, V, L, rho.device)
-    return torch.xlogy(rho_h, rho_h / rho_theta).sum(), bound
+    left = torch.xlogy(rho_h, rho_h / rho_theta).sum()
+    return finite(left, "regret_bound"), finite(bound, "regret_bound")
 
 
 # ---- 8. `python dtm.py`: one tilt of a table, everything enumerated -----------------------------
@@ -451,8 +454,7 @@ def main(V: int = 3, L: int = 3, h: float = 3.0) -> None:
     for name, c in choices.items():
         c = c + torch.zeros(len(states), L).double()
         logits = logits_a.clone().requires_grad_()
-        loss = c_dtm_loss(logits, *batch, c[:, None])  # (S, N, L)
-        (share[:, None] * loss).sum().backward()
+        (share[:, None] * c_dtm_loss(logits, *batch, c[:, None])).sum().backward()
         means.append((given[..., None, None] * logits.grad).sum(1, keepdim=True))  # (S, 1, L, V)
         moved = (means[-1] - means[0]).abs().max()
         variance = (joint[..., None, None] * (logits.grad - means[-1]) ** 2).sum()
@@ -460,16 +462,14 @@ def main(V: int = 3, L: int = 3, h: float = 3.0) -> None:
         kl, bound = torch.tensor(runs).mean(0)
         print(f"{name:>13} | {moved:13.0e} | {variance:8.4f} | {kl:22.5f} <= {bound:.5f}")
     bias = [f"{bias_of_c(c, tilt_weight(r, h), V, L):.0e} at c = {c}" for c in (0, 0.5, 1)]
-    print(
-        f"An inconsistent teacher, raw w: the minimiser is off the tilt by {', '.join(bias)} nats."
-    )
+    print(f"Inconsistent teacher, raw w: the minimiser is off the tilt by {', '.join(bias)} nats.")
 
 
 def train(teacher: Table, rho: Tensor, w: Tensor, c: Tensor, seed: int) -> Table:
     """A student after 60 steps of 128 samples, with the control variate c (S, L)."""
     noise = Generator().manual_seed(seed)
     L, V = teacher.logits.shape[1:]
-    student = copy.deepcopy(teacher)
+    student = Table(teacher.logits.detach().clone())
     optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
     for i in rho.multinomial(60 * 128, True, generator=noise).split(128):
         x1 = all_sequences(V, L)[i]

@@ -52,24 +52,33 @@ def posterior_by_sums(rho, xt):
     return hits / agree.sum(1)[:, None, None]
 
 
-def training_law(rho):
-    """Every (x1, mask) that `mask_random` can make of x1 ~ rho: rows of X, masks, probabilities."""
+def mean_loss(student, rho, per_position_loss):
+    """Exact mean of the row-mean loss over every (x1, mask) that `mask_random` makes of x1 ~ rho.
+    per_position_loss(logits, xt, n) is (B, L), for the states xt of the sequences X[n]."""
     masks = dtm.all_sequences(2, L)[1:].bool()
     n = torch.arange(V**L).repeat(len(masks))
     mask = masks.repeat_interleave(V**L, 0)
     ways = torch.tensor([math.comb(L, int(m.sum())) for m in mask])
-    return n, mask, rho[n] / (L * ways.double())
+    xt = torch.where(mask, V, X[n])
+    loss = per_position_loss(student(xt), xt, n) * mask / mask.sum(1, keepdim=True).double()
+    return (rho[n] / (L * ways.double()) * loss.sum(1)).sum()
 
 
 def mean_gradient(theta, rho, per_position_loss):
-    """Exact gradient of the mean of the row-mean loss, with respect to a table of logits.
-    per_position_loss(logits, xt, n) is (B, L), for the states xt of the sequences X[n]."""
+    """Exact gradient of `mean_loss` with respect to a table of logits."""
     student = dtm.Table(theta.clone())
-    n, mask, p = training_law(rho)
-    xt = torch.where(mask, V, X[n])
-    loss = per_position_loss(student(xt), xt, n) * mask / mask.sum(1, keepdim=True).double()
-    (p * loss.sum(1)).sum().backward()
+    mean_loss(student, rho, per_position_loss).backward()
     return student.logits.grad
+
+
+def weighted(teacher, w, c):
+    """(D3) as `mean_loss` takes it; c is a number or a table over states and positions."""
+    table = torch.zeros(len(STATES), L).double() + c
+
+    def loss(logits, xt, n):
+        return dtm.c_dtm_loss(logits, teacher(xt), X[n], w[n, None], table[dtm.state_number(xt, V)])
+
+    return loss
 
 
 # ---- the loss ------------------------------------------------------------------------------------
@@ -81,8 +90,7 @@ def test_D3_compact_equals_gathered_equals_one_hot(c):
     x1 = torch.randint(7, (4, 5), generator=g)
     w = torch.rand(4, 1, generator=g).double() * 5
     mask = torch.rand(4, 5, generator=g) < 0.5
-    c = torch.rand(4, 5, generator=g).double() if isinstance(c, str) else torch.full((4, 5), c)
-    c = c.double()
+    c = torch.zeros(4, 5).double() + (torch.rand(4, 5, generator=g) if isinstance(c, str) else c)
 
     target = c[..., None] * logits_a.softmax(-1) + (w - c)[..., None] * F.one_hot(x1, 7)
     dense = -(target * logits.log_softmax(-1)).sum(-1)
@@ -97,14 +105,8 @@ def test_D3_mean_gradient_does_not_depend_on_c_and_is_the_tilted_cross_entropy(c
     w = dtm.tilt_weight(r, h)
     teacher = posterior_table(rho)
     theta = random_table(3).logits.detach()
-    table_c = torch.rand((V + 1) ** L, L, generator=Generator().manual_seed(4)).double() * 3
-    if not isinstance(c, str):
-        table_c = torch.full_like(table_c, c)
-
-    def weighted(logits, xt, n):
-        c_here = table_c[dtm.state_number(xt, V)]
-        return dtm.c_dtm_loss(logits, teacher(xt), X[n], w[n, None], c_here)
-
+    if isinstance(c, str):
+        c = torch.rand((V + 1) ** L, L, generator=Generator().manual_seed(4)).double() * 3
     tilted = dtm.exact_tilt(rho, r, h)
 
     def cross_entropy(logits, xt, n):
@@ -112,16 +114,13 @@ def test_D3_mean_gradient_does_not_depend_on_c_and_is_the_tilted_cross_entropy(c
 
     expected = (rho * w).sum() * mean_gradient(theta, tilted, cross_entropy)
     assert expected.abs().max() > 1e-3
-    close(mean_gradient(theta, rho, weighted), expected)
+    close(mean_gradient(theta, rho, weighted(teacher, w, c)), expected)
 
 
 def test_D2_gradient_of_the_mean_vanishes_at_the_tilted_posterior_and_only_there():
     rho, r, h = law(5), rewards(6), 2.3
     w, teacher = dtm.tilt_weight(r, h), posterior_table(rho)
-
-    def loss(logits, xt, n):
-        return dtm.c_dtm_loss(logits, teacher(xt), X[n], w[n, None], 1.0)
-
+    loss = weighted(teacher, w, 1.0)
     best = posterior_by_sums(dtm.exact_tilt(rho, r, h), STATES).log().clamp_min(-60)
     elsewhere = best + 0.1 * torch.randn(best.shape, generator=Generator().manual_seed(0))
     assert mean_gradient(best, rho, loss).abs().max() < 1e-12
@@ -148,12 +147,9 @@ def test_D3_the_minimiser_moves_with_c_unless_the_teacher_is_consistent():
     for c in (0.0, 0.5, 1.0):
         best = minimiser(teacher, rho, w, c)
         assert best[STATES == V].min() > 0
-
-        def loss(logits, xt, n, c=c):
-            return dtm.c_dtm_loss(logits, teacher(xt), X[n], w[n, None], c)
-
         logits = best.clamp_min(1e-30).log()
-        assert mean_gradient(logits, rho, loss).abs().max() < 1e-12  # it is the minimiser
+        gradient = mean_gradient(logits, rho, weighted(teacher, w, c))
+        assert gradient.abs().max() < 1e-12  # it is the minimiser
         rho_theta = dtm.exact_marginal(dtm.Table(logits), V, L).detach()
         distances.append((tilted * (tilted / rho_theta).log()).sum().item())
     assert abs(distances[0]) < 1e-12
@@ -230,28 +226,42 @@ def test_D5_self_consistent_gradient_is_the_c_dtm_gradient_over_c(c):
     close(fixed_point, -((target + push) * logits.log_softmax(-1)).sum(-1))
 
 
-def test_D6_row_mean_dense_equals_gathered_equals_loops():
+def test_D6_row_mean_dense_equals_gathered_equals_a_mean_of_means():
     g = Generator().manual_seed(0)
     loss = torch.randn(5, 4, generator=g)
     mask = torch.rand(5, 4, generator=g) < 0.5
     mask[:, 0] = True
-    by_loops = 0.0
-    for b in range(5):
-        row = [loss[b, i] for i in range(4) if mask[b, i]]
-        by_loops += sum(row) / len(row) / 5
-    close(dtm.row_mean(loss, mask), by_loops, atol=1e-6)
-    close(dtm.row_mean(loss[mask], mask), by_loops, atol=1e-6)
+    by_rows = sum(loss[b][mask[b]].mean() for b in range(5)) / 5
+    close(dtm.row_mean(loss, mask), by_rows, atol=1e-6)
+    close(dtm.row_mean(loss[mask], mask), by_rows, atol=1e-6)
 
 
-def test_bfloat16_is_reduced_in_float32():
+@pytest.mark.parametrize("vocabulary", [2, 126_464])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_D3_in_every_precision_and_vocabulary(dtype, vocabulary):
+    """Half precision is reduced in float32; -1e4 takes a token out of the vocabulary."""
     g = Generator().manual_seed(0)
-    logits = torch.randn(8, 2000, generator=g).bfloat16()
-    logits_a = torch.randn(8, 2000, generator=g).bfloat16()
-    x1, w = torch.randint(2000, (8,), generator=g), torch.rand(8, generator=g)
+    logits, logits_a = torch.randn(2, 8, vocabulary, generator=g).to(dtype)
+    x1, w = torch.randint(vocabulary, (8,), generator=g), torch.rand(8, generator=g)
     loss = dtm.c_dtm_loss(logits, logits_a, x1, w)
-    assert loss.dtype == torch.float32
-    exact = dtm.c_dtm_loss(logits.double(), logits_a.double(), x1, w)
-    close(loss.double(), exact, atol=2e-5)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    close(loss.double(), dtm.c_dtm_loss(logits.double(), logits_a.double(), x1, w), atol=2e-5)
+    banned = [F.pad(t, (0, 1), value=-1e4) for t in (logits, logits_a)]
+    close(dtm.c_dtm_loss(*banned, x1, w), loss, atol=2e-5)
+    assert dtm.c_dtm_loss(logits[:0], logits_a[:0], x1[:0], w[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_gives_one_sentence(value):
+    bad, x1 = torch.tensor([[0.0, value], [value, value]]), torch.tensor([0, 0])
+    for loss in (dtm.c_dtm_loss, dtm.self_consistent_loss, dtm.etm_loss, dtm.best_c):
+        with pytest.raises(ValueError, match="^[a-z_]+: the result is not finite: .*by -1e4.*$"):
+            loss(bad, bad, x1, torch.ones(2), 1.0)
+    model = dtm.Table(torch.full((9, 2, 2), value))
+    with pytest.raises(ValueError, match="^sample: a drawn logit is not finite"):
+        list(dtm.sample(model, torch.full((1, 2), 2), 2))
+    with pytest.raises(ValueError, match="^phases: the step .* does not lead to"):
+        list(dtm.phases(abs(value), 1.0))
 
 
 # ---- weights and annealing -----------------------------------------------------------------------
@@ -263,6 +273,9 @@ def test_D1_weights_normalise_by_batch_and_by_group_without_overflow():
     close(w[2:], torch.tensor([0.0, 3.0, 0.0]), atol=1e-6)
     close(dtm.tilt_weight(r, 1.0, normalize=True).mean(), torch.tensor(1.0), atol=1e-6)
     close(dtm.tilt_weight(r[:3], 2.0), torch.exp(2 * r[:3]))
+    r = torch.tensor([-700.0, 0.0, 700.0]).double()
+    close(dtm.tilt_weight(r, 1.0).log(), r)
+    close(dtm.tilt_weight(r * 1e300, 1.0, normalize=True), torch.tensor([0.0, 0.0, 3.0]).double())
 
 
 def test_D1_tilting_twice_is_tilting_once():
@@ -278,7 +291,11 @@ def test_D9_next_h_is_where_the_effective_sample_size_meets_its_bound():
         w = torch.exp(dtm.next_h(r, ess, 100.0) * r.double())
         assert w.sum() ** 2 / (1000 * w.square().sum()) == pytest.approx(ess, abs=1e-6)
     assert dtm.next_h(r, 0.3, 0.5) == 0.5
-    assert dtm.next_h(torch.ones(9), 0.9, 4.0) == 4.0
+    for same in (torch.ones(9), torch.full((1,), -700.0), 1e300 * torch.ones(2).double()):
+        assert dtm.next_h(same, 1.0, 1e308) == 1e308  # equal rewards keep the sample at any h
+    for scale in (1e-290, 1e-9, 1e290):
+        h = dtm.next_h(scale * (r.double() - 700), 0.3, 1e308)
+        assert h * scale == pytest.approx(dtm.next_h(r, 0.3, 100.0), rel=1e-6)
     values, counts = torch.tensor([0.0, 0.5, 1.0]), torch.tensor([5, 3, 2])
     listed = dtm.next_h(values.repeat_interleave(counts), 0.8, 50.0)
     assert dtm.next_h(values, 0.8, 50.0, p=counts / 10) == pytest.approx(listed)
@@ -306,14 +323,11 @@ def test_D8_best_c_is_the_argmin_of_the_gradient_variance():
     by_token = torch.exp(torch.tensor([2.0, 1.0, 0.5, 0.0, 1.5, 0.3]).double())
     w = by_token[x1] * (0.5 + torch.rand(n, generator=g).double())
     logits, logits_a = logits.expand(n, 6), logits_a.expand(n, 6)
-    variance = []
-    for c in (0.0, 1.0, 2.0):  # three points of a parabola in c
-        variance.append(logit_gradients(logits, logits_a, x1, w, c).var(0).sum())
-    bend = (variance[0] - 2 * variance[1] + variance[2]) / 2
+    variance = [logit_gradients(logits, logits_a, x1, w, c).var(0).sum() for c in (0.0, 1.0, 2.0)]
+    bend = (variance[0] - 2 * variance[1] + variance[2]) / 2  # three points of a parabola in c
     slope = (4 * variance[1] - 3 * variance[0] - variance[2]) / 2
-    grid = torch.arange(0.0, 6.0, 0.01)
-    argmin = grid[(variance[0] + slope * grid + bend * grid**2).argmin()].item()
     best = dtm.best_c(logits, logits_a, x1, w).item()
+    argmin = (-slope / (2 * bend)).item()
     assert best == pytest.approx(argmin, abs=0.03)  # sd of the difference: .006
 
 
@@ -351,43 +365,29 @@ def test_D11_marginal_is_the_sum_over_orders_and_normalised():
 
 
 def test_D11_marginal_is_differentiable():
-    logits = torch.randn(9, 2, 2, generator=Generator().manual_seed(0)).double()
-    table = dtm.Table(logits.clone())
+    table = dtm.Table(torch.zeros(9, 2, 2).double())
 
-    def mean_number():
-        return (dtm.exact_marginal(table, 2, 2) * torch.arange(4)).sum()
+    def mean_number(logits):
+        def model(*state):
+            return torch.func.functional_call(table, {"logits": logits}, state)
 
-    gradient = torch.autograd.grad(mean_number(), table.logits)[0]
-    numeric = torch.zeros_like(logits)
-    for i in range(logits.numel()):
-        sides = []
-        for shift in (1e-6, -1e-6):
-            with torch.no_grad():
-                table.logits.view(-1)[i] += shift
-                sides.append(mean_number())
-                table.logits.view(-1)[i] -= shift
-        numeric.view(-1)[i] = (sides[0] - sides[1]) / 2e-6
-    close(gradient, numeric, atol=1e-7)
+        return (dtm.exact_marginal(model, 2, 2) * torch.arange(4)).sum()
+
+    logits = torch.randn(9, 2, 2, generator=Generator().manual_seed(0)).double().requires_grad_()
+    assert torch.autograd.gradcheck(mean_number, logits, atol=1e-7, rtol=1e-8)
 
 
 def test_D12_bound_holds_and_its_right_side_is_the_loss_regret():
     rho, r, h = law(1), rewards(2), 1.5
     w = dtm.tilt_weight(r, h)
     teacher, best = posterior_table(rho), posterior_table(dtm.exact_tilt(rho, r, h))
-    n, mask, p = training_law(rho)
-    xt = torch.where(mask, V, X[n])
-
-    def total_loss(model):
-        """L times the row mean of (D3), c = 1, by enumeration."""
-        loss = dtm.c_dtm_loss(model(xt), teacher(xt), X[n], w[n, None], 1.0)
-        per_row = (loss * mask / mask.sum(1, keepdim=True).double()).sum(1)
-        return L * (p * per_row).sum()
-
+    loss = weighted(teacher, w, 1.0)
     for seed in range(5):
         student = random_table(seed)
         kl, bound = dtm.regret_bound(student, rho, r, h, V)
         assert 0 < kl < bound
-        close(bound, (total_loss(student) - total_loss(best)) / (rho * w).sum())
+        regret = L * (mean_loss(student, rho, loss) - mean_loss(best, rho, loss))
+        close(bound, regret / (rho * w).sum())
     kl, bound = dtm.regret_bound(best, rho, r, h, V)
     assert abs(kl) < 1e-10 and abs(bound) < 1e-10
 
