@@ -229,21 +229,21 @@ def optimiser_step(run: "Run", student: nn.Module) -> None:
     passes = masked_answers(run)
     run.student.train()
     sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
+    where = f"the loss is not finite at step {state.total + 1}, rank {ranks.rank}"
+    advice = "start another --out with a lower --lr or --h, or with --normalize batch"
+    broken = f"{where}; the last checkpoint is whole. If it comes again, {advice}"
     for i, (part, xt, mask) in enumerate(passes):
         last = i + 1 == len(passes)
         if ranks.asked and not last:  # SIGTERM: nothing of this step will stay
             continue
         together = contextlib.nullcontext() if last or ranks.size == 1 else student.no_sync()
-        with together:  # ranks exchange gradients once a step
+        with together, files.explained(broken, ValueError):  # ranks exchange gradients once a step
             loss, part_sums = loss_sum(run, student, part, xt, mask, w[part])
             (loss / (cfg.batch * cfg.accum)).backward()
         sums += part_sums
     ranks.stop_together()
     norm = float(nn.utils.clip_grad_norm_(run.student.parameters(), cfg.clip))
-    finite = math.isfinite(norm) and bool(sums.isfinite().all())
-    where = f"the loss is not finite at step {state.total + 1}, rank {ranks.rank}"
-    advice = "start another --out with a lower --lr or --h, or with --normalize batch"
-    check(finite, f"{where}; the last checkpoint is whole. If it comes again, {advice}")
+    check(math.isfinite(norm) and bool(sums.isfinite().all()), broken)
     rate = learning_rate(cfg, state.step)
     run.adam.param_groups[0]["lr"] = rate
     run.adam.step()
