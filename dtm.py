@@ -109,10 +109,11 @@ def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbe
     and 0 <= c <= 1 keep T >= 0.
     Official: yuyuanchen0/dtm lightning_module.py l.476-486 (901c244), same value, dense one-hot."""
     w, c = constants(logits, logits_a, x1, w, c)
-    log_p = wide(logits).log_softmax(-1)  # (..., V)  log pi_theta
-    hit = log_p.gather(-1, x1[..., None].long())[..., 0]  # (...)  log pi_theta(x1_i)
+    logits = wide(logits)
+    log_z = logits.logsumexp(-1)  # (...)  log pi_theta(v) = logits_v - log_z
+    hit = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
     pi_a = wide(logits_a.detach()).softmax(-1)  # (..., V)
-    base = (pi_a * log_p).sum(-1)  # (...)  E_{v ~ pi_a} log pi_theta(v)
+    base = (pi_a * logits).sum(-1) - log_z  # (...)  E_{v ~ pi_a} log pi_theta(v)
     return finite(-(c * base + (w - c) * hit), "c_dtm_loss")  # (D3)
 
 

@@ -245,9 +245,9 @@ def test_D3_in_every_precision_and_vocabulary(dtype, vocabulary):
     x1, w = torch.randint(vocabulary, (8,), generator=g), torch.rand(8, generator=g)
     loss = dtm.c_dtm_loss(logits, logits_a, x1, w)
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    close(loss.double(), dtm.c_dtm_loss(logits.double(), logits_a.double(), x1, w), atol=4e-5)
+    close(loss.double(), dtm.c_dtm_loss(logits.double(), logits_a.double(), x1, w), atol=2e-5)
     banned = [F.pad(t, (0, 1), value=-1e4) for t in (logits, logits_a)]
-    close(dtm.c_dtm_loss(*banned, x1, w), loss, atol=4e-5)
+    close(dtm.c_dtm_loss(*banned, x1, w), loss, atol=2e-5)
     assert dtm.c_dtm_loss(logits[:0], logits_a[:0], x1[:0], w[:0]).shape == (0,)
 
 
