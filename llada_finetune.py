@@ -940,8 +940,9 @@ class Cache:
         """k, v (B, heads, T, d) of block i: all, or those of `span` among the older ones."""
         if self.span == slice(None):
             self.layers[i] = [k, v]
-        for kept, new in zip(self.layers[i], (k, v), strict=True):
-            kept[:, :, self.span] = new
+        else:
+            for kept, new in zip(self.layers[i], (k, v), strict=True):
+                kept[:, :, self.span] = new
         return self.layers[i]
 
 

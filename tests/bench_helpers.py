@@ -92,6 +92,17 @@ def released_logits(model: llada.LLaDA, ids: Tensor, start: int) -> Tensor:
     return net["ff_out"](net["ln_f"](x)[:, start:])
 
 
+# ---- Floors -------------------------------------------------------------------------------------
+# Seconds of a machine that does nothing but the counted products, at a large product's rate.
+def floor_of_answers(cfg: llada.Config, rows: int, filled: float, rate: float) -> float:
+    return rows * llada_cost.answer_flop(cfg, SIZE, filled) / rate
+
+
+def floor_of_step(cfg: llada.Config, recompute: bool, filled: float, rate: float) -> float:
+    counted = llada_cost.count_eflop(cfg, SIZE, 1, recompute, filled)["training"]
+    return counted * 1e18 / cfg.steps_per_h / rate
+
+
 # ---- Variants in turn ---------------------------------------------------------------------------
 def seconds_in_turn(variants: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, list]:
     """Seconds of each variant, one after the other, `rounds` times after one that warms up."""
@@ -107,16 +118,18 @@ def seconds_in_turn(variants: dict[str, Callable], rounds: int, cuda: bool) -> d
     return found
 
 
-def report(found: dict[str, list], baseline: str) -> list[dict]:
-    """Median seconds, and how many times faster than the baseline: quartiles over rounds."""
+def report(found: dict[str, list], baseline: str, floors: dict[str, float]) -> list[dict]:
+    """Median seconds, and how many times faster than the baseline: quartiles over rounds. floors:
+    the least seconds of a variant, where they were counted."""
     rows = []
     for name, seconds in found.items():
         ratios = [b / s for b, s in zip(found[baseline], seconds, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         row = {"variant": name, "seconds": statistics.median(seconds)}
-        row |= {"times_faster": middle, "quartiles": [low, high]}
+        row |= {"times_faster": middle, "quartiles": [low, high], "floor": floors.get(name)}
         rows.append(row)
-        print(f"{row['seconds']:8.3f} s  {middle:6.2f} [{low:.2f}, {high:.2f}]  {name}")
+        share = f"{floors[name] / row['seconds']:.2f} of it counted" if name in floors else ""
+        print(f"{row['seconds']:8.3f} s  {middle:6.2f} [{low:.2f}, {high:.2f}]  {name}  {share}")
     return rows
 
 

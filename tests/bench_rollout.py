@@ -7,13 +7,14 @@ The released sampler (ML-GSAI/LLaDA generate.py, as d1 and DTM use it) is writte
 norm and head at all positions, noise and softmax over all of the answer, positions ranked row by
 row. Theirs runs in bfloat16 on a GPU, with noise in bfloat16 or float64; here all is float32.
 "ended" counts an answer as ended at the first of 1 / 40 of all tokens, so that answers of a random
-model fill a little over half of their length; the rows say which share of blocks was decoded.
+model fill about half of their length. Floors count products at the rate of a large one.
 """
 
 import argparse
 import math
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Generator, Tensor
 
 import llada_finetune as llada
 from dtm import check
+from figures import llada_cost
 from tests import bench_helpers as bench
 
 
@@ -107,10 +109,17 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     variants |= {"ours": call, "ours, ended": partial(call, ends=ends)}
     variants |= {f"ours, cache {kind}": partial(call, cache=kind) for kind in ("prefix", "dual")}
     found = bench.seconds_in_turn(variants, args.rounds, run.ranks.cuda)
-    rows = bench.report(found, "earlier revision" if args.against else "released")
-    for row in rows:
-        row["decoded"] = share_decoded(whole, ends) if "ended" in row["variant"] else 1.0
-    return rows
+    decoded = share_decoded(whole, ends)
+    rate = llada_cost.matmul_rate(run.ranks, 1024)
+    floors = {}
+    for name in variants:
+        if name.startswith("ours"):
+            cache = name.rpartition(" ")[2] if "cache" in name else "off"
+            filled = decoded if "ended" in name else 1.0
+            floors[name] = bench.floor_of_answers(replace(cfg, cache=cache), len(ids), filled, rate)
+    rows = bench.report(found, "earlier revision" if args.against else "released", floors)
+    print(f"blocks decoded where answers end: {decoded:.2f}; products: {rate / 1e9:.0f} GFLOP/s")
+    return rows + [{"decoded": decoded, "matmul_gflops": rate / 1e9}]
 
 
 if __name__ == "__main__":

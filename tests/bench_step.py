@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import llada_finetune as llada
 from dtm import check, mask_blockwise
+from figures import llada_cost
 from tests import bench_helpers as bench
 
 
@@ -103,7 +104,14 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         filled(run, share)
         variants[name] = partial(llada.optimiser_step, run, run.model)
     found = bench.seconds_in_turn(variants, args.rounds, released.ranks.cuda)
-    return bench.report(found, "earlier revision" if args.against else "released")
+    rate = llada_cost.matmul_rate(released.ranks, 1024)
+    floors = {}
+    for name in variants:
+        if name.startswith("ours"):
+            filled = 0.5 if "half" in name else 1.0
+            floors[name] = bench.floor_of_step(released.cfg, "recomputation" in name, filled, rate)
+    rows = bench.report(found, "earlier revision" if args.against else "released", floors)
+    return rows + [{"matmul_gflops": rate / 1e9}]
 
 
 if __name__ == "__main__":
