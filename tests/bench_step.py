@@ -58,7 +58,7 @@ def released_loss(run: llada.Run, part: list[int], w: Tensor) -> Tensor:
     return ((loss * mask).sum(1) / mask.sum(1)).mean()
 
 
-def filled(run, share: float = 1.0) -> None:
+def fill_at_random(run, share: float = 1.0) -> None:
     """Answers and rewards at random, which end after this share of their length."""
     answers = torch.randint(2, 20, (run.cfg.prompts, bench.ANSWER), generator=run.generator)
     answers[:, int(share * bench.ANSWER) :] = run.model.config["eos_token_id"]
@@ -88,12 +88,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     released = bench.make_run(llada, folder, checkpointing="on")
-    filled(released)
+    fill_at_random(released)
     variants = {"released": partial(released_step, released)}
     if args.against:
         module = bench.load_earlier(args.against)
         old = bench.make_run(module, folder)
-        filled(old)
+        fill_at_random(old)
         variants["earlier revision"] = partial(module.optimiser_step, old, old.model)
     for name, recompute, share in (
         ("ours, recomputation", "on", 1.0),
@@ -101,15 +101,15 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         ("ours, half", "off", 0.5),
     ):
         run = bench.make_run(llada, folder, checkpointing=recompute)
-        filled(run, share)
+        fill_at_random(run, share)
         variants[name] = partial(llada.optimiser_step, run, run.model)
     found = bench.seconds_in_turn(variants, args.rounds, released.ranks.cuda)
     rate = llada_cost.matmul_rate(released.ranks, 1024)
     floors = {}
     for name in variants:
         if name.startswith("ours"):
-            filled = 0.5 if "half" in name else 1.0
-            floors[name] = bench.floor_of_step(released.cfg, "recomputation" in name, filled, rate)
+            share = 0.5 if "half" in name else 1.0
+            floors[name] = bench.floor_of_step(released.cfg, "recomputation" in name, share, rate)
     rows = bench.report(found, "earlier revision" if args.against else "released", floors)
     return rows + [{"matmul_gflops": rate / 1e9}]
 
