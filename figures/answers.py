@@ -301,7 +301,7 @@ def same_value(gold: str, got: str, percent: bool) -> bool:
 
 def hopeless(text: str) -> bool:
     """Whether powers, factorials, binomials or nests are larger than in any sensible answer."""
-    large = r"[\d.]{3}\s*!|[^\d\s]\s*!|binom.*\d{4}|(\([^()]*){5}"
+    large = r"[\d.]{3}\s*!|[^\d\s]\s*!|binom.*\d{4}|(\([^()]*){5}|(\{\s*){4}"
     if text.count("(") + text.count("{") > 40 or re.search(large, text):
         return True
     tower = 1
@@ -443,7 +443,7 @@ class Algebra:
     """math-verify in a process of its own, started by the first question and kept.
 
     A question may take 0.25 s of processor time, 50 MB of memory and, on a busy machine, 60 s in
-    all. Too large a text is answered with False; no worker, or no answer in 60 s, is an error.
+    all. One that needs more is answered with False; no worker or no answer in 60 s is an error.
     """
 
     def __init__(self):
