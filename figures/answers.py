@@ -332,9 +332,8 @@ def same_expression(gold: str, got: str) -> bool:
 
 
 # ---- the algebra, in a process of its own --------------------------------------------------------
-CPU_SECONDS = 0.25
+CPU_SECONDS, WALL_SECONDS = 0.25, 60
 MEMORY = 50 * 2**20
-WALL_SECONDS = 60
 EQUALS = {  # the first of a form takes ten times as long as a later one
     "x^2+3x+2": "(x+1)(x+2)",
     r"\frac{\sqrt{2}}{2}": "0.707106781187",
@@ -350,11 +349,12 @@ def read_expression(text: str):
     from math_verify import LatexExtractionConfig, parse
 
     def fraction(decimal):
-        top, bottom = Fraction(decimal[0]).as_integer_ratio()
-        return rf"(\frac{{{top}}}{{{bottom}}})"
+        return r"(\frac{{{}}}{{{}}})".format(*Fraction(decimal[0]).as_integer_ratio())
 
     exact = re.sub(r"(?<![\w.])\d*\.\d+(?![\d.])", fraction, text)
-    exact = re.sub(r"(?<=[\d)}])(?<!_\d)\s*\(", r"\\cdot (", exact)  # else 2(3) is read as 2 + 3
+    # Else 2(3) is read as 2 + 3, and \frac{4}{1}\frac{1}{2} as the mixed number 4 1/2.
+    products = r"(?<=[\d)}])(?<!_\d)\s*(?=\()|(?<=[)}])(?<!x\})(?<!\^\{\w\})\s*(?=\\frac)"
+    exact = re.sub(products, r"\\cdot ", exact)
     reader = LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="last"))
     found = parse(rf"\boxed{{{exact}}}", [reader], parsing_timeout=None)
     if "." in exact or not isinstance(found[0], sympy.Expr | sympy.MatrixBase):
