@@ -366,6 +366,7 @@ def test_threads_share_a_worker_and_a_killed_one_is_replaced():
 
 def test_what_exhausts_the_worker_is_not_right_and_the_next_question_is_answered():
     assert not answers.same("abcdf", "(a+b+c+d+f)^{90}") and answers.same("ab", "ba")
+    assert answers.hopeless("9^{9^9}") and not answers.hopeless("(x+1)^{20}")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit needs /proc")
