@@ -3,6 +3,7 @@
 import ast
 import atexit
 import contextlib
+import functools
 import importlib.util
 import logging
 import math
@@ -19,6 +20,7 @@ from operator import add, mul, sub, truediv
 from pathlib import Path
 
 LONGEST = 300  # characters of an answer
+LONGEST_TEXT = 50_000  # characters at the end of a text, where its answer is looked for
 
 
 # ---- finding the answer --------------------------------------------------------------------------
@@ -34,6 +36,7 @@ def braced(text: str, start: int) -> str | None:
 
 def last_box(text: str) -> str | None:
     """The content of the last \\boxed{...} whose braces balance, in one pass over the text."""
+    text = text[-LONGEST_TEXT:]
     starts = {box.end() - 1 for box in re.finditer(r"\\boxed\s*\{", text)}
     opened = []
     last = (-1, -1)
@@ -52,7 +55,7 @@ def extract(text: str, box_anywhere: bool = False) -> str | None:
 
     box_anywhere   without a whole <answer>, the last box of the text (GSM8K and MATH)
     """
-    answers = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text, re.S)
+    answers = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text[-LONGEST_TEXT:], re.S)
     if not answers:
         return last_box(text) if box_anywhere else None
     box = last_box(answers[-1])
@@ -66,7 +69,7 @@ def final_answer(text: str) -> str | None:
     box anywhere, the rest of the text after <answer> (without one after </reasoning> or
     </answer>), a box that was never closed.
     """
-    text = re.sub(r"\\boxed\s*\{\s*\}", "", text)
+    text = re.sub(r"\\boxed\s*\{\s*\}", "", text[-LONGEST_TEXT:])
     text = re.sub(r"(?<![\\a-zA-Z])boxed\s*\{", r"\\boxed{", text)
     text = re.sub(r"\\boxed\s*(-?[\w.,/]+)", r"\\boxed{\1}", text)
     text = re.sub(r"<answer>\s*</answer>", "", text)
@@ -111,13 +114,14 @@ def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
 
 # ---- comparing answers ---------------------------------------------------------------------------
 SPELLINGS = {  # a pattern and the one spelling of what it finds
+    r"(?i)^\s*the (final )?answer is:?\s": "",
     r"[−–]": "-",
     r"\*\*": "^",
     r"×": r"\\times ",
     r"÷": r"\\div ",
     r"\\(?:le|leq|leqslant)(?![a-z])|≤|<=": r"\\le ",
     r"\\(?:ge|geq|geqslant)(?![a-z])|≥|>=": r"\\ge ",
-    r"\{,\}|,\s*\\!\s*": "",  # between thousands
+    r"\{,\}|,\s*\\!\s*|(?<=\d)\\,(?=\d{3}(?!\d))": "",  # between thousands
     r"\\(?:left|right|displaystyle|q?quad)(?![a-z])|(?<!\\)\\[!,;:()\[\]\s]|~": " ",
     r"\\\$": r"\\dollar ",
     r"\$": " ",
@@ -126,20 +130,17 @@ SPELLINGS = {  # a pattern and the one spelling of what it finds
     r"\\(?:mbox|mathrm|textrm|textbf|mathbf|operatorname)(?![a-z])": r"\\text",
     r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b": ",",
     r"\\[dtc]frac": r"\\frac",
-    r"\\frac\s*(\d)": r"\\frac{\1}",
-    r"\\frac\s*\{([^{}]*)\}\s*(\d)": r"\\frac{\1}{\2}",
-    r"\\sqrt\s*(\w)": r"\\sqrt{\1}",
+    r"\\(frac|sqrt)\s*(\w)": r"\\\1{\2}",
+    r"\\frac\s*\{([^{}]*)\}\s*(\w)": r"\\frac{\1}{\2}",
     r"_\s*\{(\w+)\}": r"_\1",
+    r"\\log_(\d)\s+(\d+)(?=\s*(?:[-+,)}]|$))": r"\\log_\1(\2)",
     r"(?<![\\a-zA-Z])(sqrt|pi|sin|cos|tan|log|ln|infty)(?![a-z])": r"\\\1",
     r"\\sqrt\s*\(([^()]*)\)": r"\\sqrt{\1}",
-    r"^\s*[a-zA-Z]\s*\\in(?![a-z])": "",
-    r"^\s*\+": "",
-    r"[\s.]+$": "",
+    r"^\s*[a-zA-Z]\s*\\in(?![a-z])|^\s*\+|[\s.]+$": "",
 }
-COMMANDS = {
-    *"frac sqrt times cdot div binom begin end le ge sin cos tan cot sec csc log ln".split()
-}
-COMMANDS |= {*"arcsin arccos arctan pi infty alpha beta gamma theta lambda phi omega".split()}
+COMMANDS = "frac sqrt times cdot div binom begin end le ge sin cos tan cot sec csc log ln arcsin"
+COMMANDS += " arccos arctan pi infty alpha beta gamma theta lambda phi omega"
+COMMANDS = {*COMMANDS.split()}
 SHORT_UNITS = "cm|mm|km|ml|mL|kg|mg|lb|oz|ft|mi|mph|min|hr|sec|sq"
 WORD = rf"(?<![a-zA-Z\\])(?:{SHORT_UNITS})(?![a-zA-Z])|(?<=[\s/])(?:[a-zA-Z]{{3,}}|[mghsL]\b)"
 UNIT = rf"(?:(?:\\text\s*\{{[a-zA-Z/.\s]*\}}|{WORD})(?:\^\{{?[23]\}}?)?|[/\s.])+"
@@ -148,9 +149,7 @@ UNIT_NAMES += " pound=lb ounce=oz foot=ft feet=ft inche=in inch=in mile=mi minut
 UNIT_NAMES += " second=s sec=s square=2 squared=2 sq=2 cubic=3 cubed=3 per=/"
 UNIT_NAMES = dict(pair.split("=") for pair in UNIT_NAMES.split())
 # These change the number before them.
-SCALES = {
-    *"dozen hundred thousand million billion half times plus minus over not factorial".split()
-}
+SCALE = {*"dozen hundred thousand million billion half times plus minus over not factorial".split()}
 
 
 def tidy(text: str) -> str:
@@ -158,17 +157,17 @@ def tidy(text: str) -> str:
     for pattern, plain in SPELLINGS.items():
         text = re.sub(pattern, plain, text)
     if not re.search(r"[(\[]", text):  # (1,234) is a pair, 1,234 a number
-        text = re.sub(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])", drop_commas, text)
+        thousands = r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])"
+        text = re.sub(thousands, lambda number: number[0].replace(",", ""), text)
+    mixed = re.fullmatch(r"\s*(-?[0-9]+) +([0-9]+)/([0-9]+)\s*", text)
+    if mixed and int(mixed[2]) < int(mixed[3]):
+        text = rf"{mixed[1]}\frac{{{mixed[2]}}}{{{mixed[3]}}}"
     between = re.fullmatch(r"(.+?)(<|\\le)\s*[a-zA-Z]\s*(<|\\le)(.+)", text)
     if between:
         opens = "(" if between[2] == "<" else "["
         closes = ")" if between[3] == "<" else "]"
         text = f"{opens}{between[1]},{between[4]}{closes}"
     return text.strip()
-
-
-def drop_commas(found: re.Match) -> str:
-    return found[0].replace(",", "")
 
 
 def squeeze(text: str) -> str:
@@ -196,10 +195,8 @@ def both_signs(items: list[str]) -> list[str]:
     """A list of answers in which a \\pm b stands for two."""
     signed = []
     for item in items:
-        if item.count(r"\pm") == 1:
-            signed += [item.replace(r"\pm", "+"), item.replace(r"\pm", "-")]
-        else:
-            signed.append(item)
+        signs = "+-" if item.count(r"\pm") == 1 else [r"\pm"]
+        signed += [item.replace(r"\pm", sign) for sign in signs]
     return signed
 
 
@@ -284,7 +281,7 @@ def split_unit(text: str) -> tuple[str, set[str]]:
     for word in re.findall(r"[a-z]+|[23/]", found[2].replace(r"\text", "").lower()):
         word = word.removesuffix("s") if len(word) > 3 else word
         words.add(UNIT_NAMES.get(word, word))
-    if words & SCALES or not words - {"2", "3", "/"}:
+    if words & SCALE or not words - {"2", "3", "/"}:
         return text, set()
     return found[1], words
 
@@ -297,30 +294,30 @@ def same_value(gold: str, got: str, percent: bool) -> bool:
         return False
     if "percent" in got_unit - gold_unit and not percent:
         got = rf"\frac{{{got}}}{{100}}"
-    if re.fullmatch("-?[0-9]+", gold) and re.fullmatch("-?[0-9]+", got):
-        return int(gold) == int(got)
+    if all(re.fullmatch(r"-?[0-9]*\.?[0-9]+", value) for value in (gold, got)):
+        return Fraction(gold) == Fraction(got)
     return squeeze(gold) == squeeze(got) or same_expression(gold, got)
 
 
 def hopeless(text: str) -> bool:
-    """Whether powers, factorials or binomials are larger than those of any sensible answer."""
-    if text.count("(") + text.count("{") > 40:
-        return True
-    if re.search(r"[\d.]{3}\s*!|[^\d\s]\s*!|binom.*\d{4}", text):
+    """Whether powers, factorials, binomials or nests are larger than in any sensible answer."""
+    large = r"[\d.]{3}\s*!|[^\d\s]\s*!|binom.*\d{4}|(\([^()]*){5}|(\{\s*){4}"
+    if text.count("(") + text.count("{") > 40 or re.search(large, text):
         return True
     tower = 1
-    for power in re.finditer(r"([)}\]|]?)\s*\^\s*", text):
-        rest = text[power.end() :]
+    for base in re.finditer(r"(?:([)}\]|])|(\d+)|)\s*\^\s*", text):
+        rest = text[base.end() :]
         exponent = braced(rest, 0) if rest.startswith("{") else re.match(r"\(?-?\w*", rest)[0]
         if exponent is None or "^" in exponent:
             return True
-        size = math.prod(max(1, int(n)) for n in re.findall(r"\d+", exponent))
-        tower = tower * size if power[1] else size
-        if tower > 10**5 or power[1] and size > 99:
+        size = len(base[2] or "1") * math.prod(max(1, int(n)) for n in re.findall(r"\d+", exponent))
+        tower = tower * size if base[1] else size
+        if tower > 10**5 or base[1] and size > 99:
             return True
     return False
 
 
+@functools.lru_cache(1000)  # the reward and the metric ask the same
 def same_expression(gold: str, got: str) -> bool:
     """Asks the algebra, unless the answer has anything that math-verify might pass over."""
     if {*re.findall(r"\\([a-zA-Z]+)", got)} - COMMANDS or braced("{" + got + "}", 0) != got:
@@ -328,16 +325,21 @@ def same_expression(gold: str, got: str) -> bool:
     plain = re.sub(r"\\sqrt\[\d+\]|\{[pbv]?matrix\}", " ", got)
     if re.search(r"[^\w\s+\-*/^(){}|!.\\&<>=]|\d\s+[\d.]|\d\s*[_{]|\}\s*\d|\\\\?$", plain, re.A):
         return False
-    for word in re.findall("[a-zA-Z]{2,}", re.sub(r"\\[a-zA-Z]+", " ", plain)):
+    for word in re.findall(r"[a-zA-Z]{2,}|[a-df-hj-zA-Z]", re.sub(r"\\[a-zA-Z]+", " ", plain)):
         if not {*word} <= {*gold}:
             return False
     return not hopeless(got) and ALGEBRA.same(gold, got)
 
 
 # ---- the algebra, in a process of its own --------------------------------------------------------
-CPU_SECONDS = 2
-MEMORY = 2**30
-WALL_SECONDS = 60
+CPU_SECONDS, WALL_SECONDS = 0.25, 60
+MEMORY = 50 * 2**20
+EQUALS = {  # the first of a form takes ten times as long as a later one
+    "x^2+3x+2": "(x+1)(x+2)",
+    r"\frac{\sqrt{2}}{2}": "0.707106781187",
+    r"\begin{pmatrix}1/6\\2/3\end{pmatrix}": r"2\begin{pmatrix}1/12\\\frac{1}{3}\end{pmatrix}",
+    r"\sin(x)^2+\cos^2{x}+3!": r"\log_2(2)+6",
+}
 
 
 def read_expression(text: str):
@@ -346,12 +348,13 @@ def read_expression(text: str):
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
 
-    def fraction(found):
-        digits = (found[1] + found[2]).lstrip("0") or "0"
-        return rf"(\frac{{{digits}}}{{1{'0' * len(found[2])}}})"
+    def fraction(decimal):
+        return r"(\frac{{{}}}{{{}}})".format(*Fraction(decimal[0]).as_integer_ratio())
 
-    exact = re.sub(r"(?<![\w.])(\d*)\.(\d+)(?![\d.])", fraction, text)
-    exact = re.sub(r"(?<=[\d)}])(?<!_\d)\s*\(", r"\\cdot (", exact)  # else 2(3) is read as 2 + 3
+    exact = re.sub(r"(?<![\w.])\d*\.\d+(?![\d.])", fraction, text)
+    # Else 2(3) is read as 2 + 3, and \frac{4}{1}\frac{1}{2} as the mixed number 4 1/2.
+    products = r"(?<=[\d)}])(?<!_\d)\s*(?=\()|(?<=[)}])(?<!x\})(?<!\^\{\w\})\s*(?=\\frac)"
+    exact = re.sub(products, r"\\cdot ", exact)
     reader = LatexExtractionConfig(normalization_config=NormalizationConfig(boxed="last"))
     found = parse(rf"\boxed{{{exact}}}", [reader], parsing_timeout=None)
     if "." in exact or not isinstance(found[0], sympy.Expr | sympy.MatrixBase):
@@ -401,6 +404,12 @@ def relations_agree(gold: str, got: str) -> bool:
 
 def algebra_agrees(gold: str, got: str) -> bool:
     """Runs in the worker. What its algebra cannot read, or not in time, is not the same."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        most = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, most))
     # The alarm is a KeyboardInterrupt: sympy catches every Exception in many places.
     signal.signal(signal.SIGVTALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS, 0.5)
@@ -421,29 +430,24 @@ def leave_with_parent():
 
 
 def start_worker():
-    """Readies a worker: it ends with its parent, has answered a question, and may take MEMORY."""
+    """Readies a worker: it ends with its parent, and its caches hold all forms of EQUALS."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("math_verify").setLevel(logging.ERROR)
-    if not algebra_agrees("2x", "x+x"):
-        raise RuntimeError("math-verify does not know that 2x = x + x")
-    with contextlib.suppress(ImportError, OSError, ValueError):
-        import resource
-
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    for gold, got in EQUALS.items():
+        if not expressions_agree(gold, got):
+            raise RuntimeError(f"math-verify does not know that {gold} = {got}")
 
 
 class Algebra:
     """math-verify in a process of its own, started by the first question and kept.
 
-    A question may take 2 s of processor time, 1 GiB of memory and, on a busy machine, 60 s in all.
-    One that needs more, twice, is answered with False; a worker that cannot start is an error.
+    A question may take 0.25 s of processor time, 50 MB of memory and, on a busy machine, 60 s in
+    all. One that needs more is answered with False; no worker or no answer in 60 s is an error.
     """
 
     def __init__(self):
-        self.pool = None
-        self.pid = None
+        self.pool = self.pid = None
         self.lock = threading.Lock()
 
     def same(self, gold: str, got: str) -> bool:
@@ -452,8 +456,11 @@ class Algebra:
                 self.start()
                 try:
                     return self.pool.submit(algebra_agrees, gold, got).result(WALL_SECONDS)
-                except (futures.TimeoutError, futures.BrokenExecutor):
+                except futures.BrokenExecutor:
                     self.stop()
+                except futures.TimeoutError as error:
+                    self.stop()
+                    raise RuntimeError("the machine is too busy to compare answers") from error
             self.start()  # If this works, the text is at fault and not the machine.
             return False
 
@@ -483,11 +490,10 @@ class Algebra:
     def stop(self):
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
-        self.pool = None
         if self.pid is not None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-        self.pid = None
+        self.pool = self.pid = None
 
 
 ALGEBRA = Algebra()

@@ -219,7 +219,9 @@ MATH = [  # the right answer, ways to say it, answers that are not it
     pytest.param(r"50\%", ["50", "50%", "50 percent"], ["0.5", r"\$50"], id="percent"),
     pytest.param("101_2", ["101_{2}", "101_2"], ["101_3", "101_{10}", "5", "110_2"], id="base"),
     pytest.param("5", [], ["101_2", "5_7"], id="no base"),
-    pytest.param("1000", ["1,000", r"1,\!000", "1{,}000", "$1,000"], ["1,00"], id="1000"),
+    pytest.param("1000", [r"1\,000", r"1,\!000", "1{,}000", "$1,000"], [r"1\,00"], id="1000"),
+    pytest.param("27", ["The final answer is: $27$."], ["The answer is 27 or 28"], id="sentence"),
+    pytest.param("2", [r"\log_2 4", r"\log_{2} 4", r"\log_2(4)"], [r"\log_4 2"], id="log"),
     pytest.param("-5", ["−5", "-5", "-10/2"], ["5", "- -5"], id="minus"),
     pytest.param(r"\frac{1}{3^{40}}", ["3^{-40}"], [r"\frac{1}{3^{41}}", "0"], id="tiny"),
     pytest.param("2^{2006}+2^{2005}", [r"3\cdot2^{2005}"], ["2^{2006}", "2^{2006}+1"], id="large"),
@@ -228,8 +230,9 @@ MATH = [  # the right answer, ways to say it, answers that are not it
     pytest.param("1/3", ["0.3333333333", r"\frac13"], ["0.333333", "0.33"], id="third"),
     pytest.param("0.25", ["1/4", ".25"], ["0.2500000001", "0.24999999999"], id="decimal"),
     pytest.param(r"\pi", ["3.14159265359", r"\frac{2\pi}{2}"], ["3.14", "22/7", "3.1416"], id="pi"),
-    pytest.param("6", ["2(3)", "(2)(3)", r"2\cdot 3", "3!"], ["5", "2(2)"], id="no mixed number"),
-    pytest.param(r"\frac95", [r"1\frac{4}{5}", "9/5", "1.8"], ["1 4/5 x", "1"], id="mixed"),
+    pytest.param("6", ["2(3)", "(2)(3)", r"2\cdot 3", "3!"], [r"\frac51\frac11"], id="no sum"),
+    pytest.param(r"\frac95", [r"1\frac{4}{5}", "1 4/5", "1.8"], ["1 4/5 x", "0 9/5"], id="mixed"),
+    pytest.param("-9/5", ["-1 4/5"], ["1 4/5", "-0 9/5", "- 4/5"], id="mixed and negative"),
     pytest.param("(1,2)", ["( 1,2 )", r"\left(1, 2\right)"], ["(2,1)", "[1,2]"], id="pair"),
     pytest.param("[1,2)", ["[1, 2)"], ["(1,2)", "[1,2]", "[2,1)"], id="interval"),
     pytest.param("1,-2", ["-2, 1", r"\{1,-2\}", "1 and -2", "x=1, x=-2"], ["1", "1,2"], id="list"),
@@ -248,6 +251,7 @@ MATH = [  # the right answer, ways to say it, answers that are not it
     pytest.param(r"\boxed{4}, no, $\boxed{1{,}235}$.", ["1235"], ["4", "4, 1235"], id="solution"),
     pytest.param("5", [], ["7^{7^{9}}", r"\binom{8000}{4000}", "99999!", "5" * 301], id="giants"),
     pytest.param("5", [], ["9^{99999}", "(((9^{99})^{99})^{99})^{99}", "9!!!"], id="towers"),
+    pytest.param("9", ["(((9)))"], ["(" * 9 + "8" + ")" * 9, "9" * 250 + "^{99999}"], id="nests"),
     pytest.param("x^{99}+x^9+9x", ["x^{99}+x^{9}+9x"], ["x^{99}"], id="many powers"),
 ]
 
@@ -362,6 +366,21 @@ def test_threads_share_a_worker_and_a_killed_one_is_replaced():
 
 def test_what_exhausts_the_worker_is_not_right_and_the_next_question_is_answered():
     assert not answers.same("abcdf", "(a+b+c+d+f)^{90}") and answers.same("ab", "ba")
+    assert answers.hopeless("9^{9^9}") and not answers.hopeless("(x+1)^{20}")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit needs /proc")
+def test_a_question_may_take_50_mb():
+    assert answers.same("3z", "z+2z")
+    with pytest.raises(MemoryError):
+        answers.ALGEBRA.pool.submit(bytearray, 80 * 2**20).result(60)
+
+
+def test_a_worker_that_does_not_answer_is_an_error_and_no_score(monkeypatch):
+    answers.ALGEBRA.start()
+    monkeypatch.setattr(answers, "WALL_SECONDS", 0)
+    with pytest.raises(RuntimeError, match="too busy"):
+        answers.same("3w", "w+2w")
 
 
 def test_a_machine_that_cannot_compare_is_an_error_and_no_score(monkeypatch):
