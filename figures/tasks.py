@@ -360,11 +360,14 @@ class GSM8K(Math):
             score += 0.125 * (alone is not None and text.count(tag) == 1)
         if "</answer>" in text:
             score -= 0.001 * len(text.rpartition("</answer>")[2].strip())
-        strict = r"<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>"
+        opens, turns, closes = "<reasoning>\n", "\n</reasoning>\n<answer>\n", "\n</answer>"
+        whole = text.strip()
+        strict = whole.startswith(opens) and whole.endswith(closes)
+        strict = strict and turns in whole[len(opens) : -len(closes)]
         opened = text.partition("<reasoning>")[2]
         answer = re.split(r"</reasoning>\s*<answer>", opened, maxsplit=1)[1:]
         score += 0.5 * any("</answer>" in part for part in answer)
-        return score + 0.5 * bool(re.fullmatch(strict, text.strip(), re.S))
+        return score + 0.5 * strict
 
     def reward(self, text, row):
         number = re.fullmatch(NUMBER, extract(text) or "", re.A)
