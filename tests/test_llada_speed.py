@@ -1,7 +1,6 @@
 """What makes the loop faster changes nothing: ended answers, a trimmed block, passes; caches are as
 they are said to be."""
 
-
 import llada_helpers as tiny
 import loop_helpers
 import pytest
@@ -9,8 +8,10 @@ import torch
 from llada_helpers import EOS, MASK
 from loop_helpers import tuned
 from torch import Generator
+from torch.testing import assert_close
 
 import llada_finetune as llada
+from dtm import c_dtm_loss, mask_blockwise
 from llada_finetune import LLaDA, generate
 
 PROMPT = torch.cat([tiny.random_ids(16, seed) for seed in (11, 12)])
@@ -99,3 +100,159 @@ def test_decoding_knows_the_tokenizers_ends_unless_it_goes_past_them(base, tmp_p
     assert found[False][1] == [12] * 4 + [stops.count(16)] * 4 and 0 < stops.count(8) < 12
     cut = [a[:stop] + run.text.ends[:1] * (16 - stop) for a, stop in zip(whole, stops, strict=True)]
     assert found[False][0] == cut
+
+
+# ---- 2. The loss of answers that end -------------------------------------------------------------
+SHORT = {"gen_length": 4, "block": 2, "steps": 4, "prompts": 6, "batch": 2, "accum": 3, "c": "0.7"}
+# The end token is 1: in the first block, in the second, nowhere, first and later ones.
+ANSWERS = [[5, 1, 7, 8], [1, 1, 1, 1], [4, 6, 1, 9], [4, 6, 9, 1], [7, 7, 8, 4], [1, 5, 1, 6]]
+REACHED = torch.tensor([[1, 1, 0, 0]] * 2 + [[1, 1, 1, 1]] * 3 + [[1, 1, 0, 0]]).bool()
+# The masks of `mask_blockwise` with their probabilities: k = 1, 2, 3, 4 tokens are to go.
+MASKS = [
+    ((2,), 1 / 8),
+    ((3,), 1 / 8),
+    ((2, 3), 1 / 4),
+    ((0,), 1 / 8),
+    ((1,), 1 / 8),
+    ((0, 1), 1 / 4),
+]
+
+
+def masked(x1, places):
+    """xt and mask, alike in all rows."""
+    mask = torch.zeros(x1.shape, dtype=torch.bool)
+    mask[:, places] = True
+    hidden = mask.clone()
+    hidden[:, places[0] // 2 * 2 + 2 :] = True  # the blocks behind
+    return torch.where(hidden, 23, x1), mask
+
+
+def short_run(base, out, answers=ANSWERS, **more):
+    """A run in float64 with these answers in its buffer; all are drawn in a step."""
+    run = tuned(base, out, **SHORT | more)
+    run.model.double()
+    count = len(answers)
+    run.buffer.data = {"row": torch.arange(count), "x1": torch.tensor(answers)}
+    run.buffer.data |= {key: torch.linspace(0, 1, count).double() for key in ("r", "solved")}
+    return run
+
+
+def gradient_of_a_step(run, w):
+    """Of the mean loss over the buffer's answers, as `optimiser_step` computes it; and the rows of
+    its passes."""
+    parts = []
+    loss = 0.0
+    run.student.train()
+    for part, xt, mask in llada.masked_answers(run):
+        loss = loss + llada.loss_sum(run, run.model, part, xt, mask, w[part])[0] / len(w)
+        parts.append(part)
+    return torch.autograd.grad(loss, [*run.student.parameters()]), parts
+
+
+def gradient_in_full(run, places, w):
+    """Every answer goes through the model, alone and in full; a position counts 1 up to its end's
+    block and 0 behind it."""
+    loss = 0.0
+    for i, answer in enumerate(run.buffer.data["x1"]):
+        xt, mask = masked(answer[None], places)
+        prompt = torch.tensor([run.buffer.prompt(i)])
+        ids = torch.cat([prompt, xt], 1)
+        logits_a = run.model.use("teacher")(ids)[:, -4:].detach()
+        logits = run.model.use("student")(ids)[:, -4:]
+        each = c_dtm_loss(logits, logits_a, answer[None], w[i], 0.7)  # (1, L)
+        loss = loss + (each * mask * REACHED[i]).sum() / mask.sum() / len(w)
+    return torch.autograd.grad(loss, [*run.student.parameters()])
+
+
+def same_gradient(actual, expected):
+    """To a millionth of its length."""
+    a, b = (torch.cat([g.flatten() for g in part]) for part in (actual, expected))
+    assert (a - b).norm() <= 1e-6 * b.norm() > 0
+
+
+def test_the_masks_are_those_of_mask_blockwise():
+    x1 = torch.tensor([[4, 5, 6, 7]]).expand(8000, 4)
+    xt, _ = mask_blockwise(x1, 23, 2, Generator().manual_seed(0))
+    states, count = xt.unique(dim=0, return_counts=True)
+    found = dict(zip(map(tuple, states.tolist()), (count / 8000).tolist(), strict=True))
+    expected = {tuple(masked(x1[:1], list(at))[0][0].tolist()): p for at, p in MASKS}
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+def test_D3_the_mean_gradient_is_that_of_the_full_loss_up_to_the_ends_block(
+    base, tmp_path, monkeypatch
+):
+    run = short_run(base, tmp_path)
+    w = torch.linspace(0.5, 2.0, 6)
+    mean = [torch.zeros_like(p) for p in run.student.parameters()]
+    expected = [torch.zeros_like(p) for p in run.student.parameters()]
+    for places, p in MASKS:
+        monkeypatch.setattr(llada, "mask_blockwise", lambda x1, *_, at=places: masked(x1, [*at]))
+        here, parts = gradient_of_a_step(run, w)
+        taken = sorted(sum(parts, []))
+        assert taken == ([2, 3, 4] if places[0] > 1 else [*range(6)])
+        for total, g in zip(mean, here, strict=True):
+            total += p * g
+        for total, g in zip(expected, gradient_in_full(run, [*places], w), strict=True):
+            total += p * g
+    same_gradient(mean, expected)
+
+
+def test_what_stands_behind_the_ends_block_changes_nothing(base, tmp_path):
+    other = torch.where(REACHED, torch.tensor(ANSWERS), 12).tolist()
+    w = torch.linspace(0.5, 2.0, 6)
+    for seed in range(4):
+        found = []
+        for answers in (ANSWERS, other):
+            run = short_run(base, tmp_path, answers)
+            run.generator.manual_seed(seed)
+            found.append(gradient_of_a_step(run, w))
+        assert found[0][1] == found[1][1]
+        assert_close(found[0][0], found[1][0], atol=0, rtol=0)
+
+
+def test_past_the_end_is_trained_as_published_if_asked_for(base, tmp_path, monkeypatch):
+    run = short_run(base, tmp_path, past_end=True)
+    monkeypatch.setattr(llada, "mask_blockwise", lambda x1, *_: masked(x1, [2]))
+    assert sorted(sum(gradient_of_a_step(run, torch.ones(6))[1], [])) == [*range(6)]
+
+
+def test_answers_without_a_mask_are_left_out_of_the_passes(base, tmp_path, monkeypatch):
+    run = short_run(base, tmp_path)
+    monkeypatch.setattr(llada, "mask_blockwise", lambda x1, *_: masked(x1, [2, 3]))
+    _, rows = counted(run.model, lambda: llada.optimiser_step(run, run.model))
+    assert [len(ids) for ids in rows] == [2, 2, 1, 1]  # teacher and student, three answers of six
+    log = loop_helpers.read_lines(tmp_path / "metrics.jsonl")[-1]
+    assert log["c"] == pytest.approx(0.7) and log["grad_norm"] > 0
+
+
+def test_a_step_without_any_mask_steps_with_a_zero_gradient(base, tmp_path, monkeypatch):
+    run = short_run(base, tmp_path, [ANSWERS[i] for i in (0, 1, 5, 0, 1, 5)], weight_decay=0.5)
+    monkeypatch.setattr(llada, "mask_blockwise", lambda x1, *_: masked(x1, [2]))
+    before = {name: p.detach().clone() for name, p in run.student.named_parameters()}
+    _, rows = counted(run.model, lambda: llada.optimiser_step(run, run.model))
+    assert [len(ids) for ids in rows] == [1, 1]
+    log = loop_helpers.read_lines(tmp_path / "metrics.jsonl")[-1]
+    assert (log["total"], log["grad_norm"], log["loss"], log["kl"], log["c"]) == (1, 0, 0, 0, 0)
+    shrunk = {name: p * (1 - log["lr"] * 0.5) for name, p in before.items()}
+    assert_close(dict(run.student.named_parameters()), shrunk)
+
+
+@pytest.mark.parametrize("kind", ["0.7", "learned"])
+def test_neither_masks_nor_gradients_depend_on_the_passes(base, tmp_path, kind):
+    found = []
+    for batch in (1, 2, 4, 6):
+        run = short_run(base, tmp_path, c=kind)
+        for step in range(3):  # c is fitted to the first
+            run.batch = batch
+            run.generator.manual_seed(step)
+            xt, mask = (torch.cat(t) for t in [*zip(*llada.masked_answers(run), strict=True)][1:])
+            run.generator.manual_seed(step)
+            gradient, parts = gradient_of_a_step(run, torch.linspace(0.5, 2.0, 6))
+            assert all(len(part) <= batch for part in parts)
+            run.control.fit(run.ranks)
+        found.append((xt, mask, sum(parts, []), gradient))
+    for xt, mask, taken, gradient in found[1:]:
+        assert torch.equal(xt, found[0][0]) and torch.equal(mask, found[0][1])
+        assert taken == found[0][2]
+        same_gradient(gradient, found[0][3])
