@@ -126,6 +126,36 @@ def in_step(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
     patch.setattr(llada.Run, "log_step", send_and_log)
 
 
+def in_evaluation(patch: pytest.MonkeyPatch, place: str, call: int, evaluation: int) -> list:
+    """Sends this process SIGTERM in the network evaluation of that number in that call of `place`,
+    both from 0. Returns a list that receives the network evaluations begun after it."""
+    owner = llada.Buffer if place == "answered" else llada
+    function, forward = getattr(owner, place), llada.LLaDA.forward
+    calls, inside, later = [], [], []
+
+    def noted_call(*given):
+        calls.append(place)
+        inside.append(0)
+        try:
+            return function(*given)
+        finally:
+            inside.clear()
+
+    def noted_forward(model, *given, **more):
+        if calls[-1:] == ["sent"]:
+            later.append(place)
+        if inside and len(calls) == call + 1 and inside[0] == evaluation:
+            calls.append("sent")
+            signal.raise_signal(signal.SIGTERM)
+        if inside:
+            inside[0] += 1
+        return forward(model, *given, **more)
+
+    patch.setattr(owner, place, noted_call)
+    patch.setattr(llada.LLaDA, "forward", noted_forward)
+    return later
+
+
 class Watched(llada.Run):
     """Remembers where student and teacher stood when a phase began, and what its steps did."""
 

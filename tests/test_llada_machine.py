@@ -4,7 +4,7 @@ import signal
 
 import loop_helpers
 import pytest
-from loop_helpers import check_same, command, names, records, stop_in_step
+from loop_helpers import check_same, command, in_evaluation, names, records, stop_in_step
 
 import llada_finetune as llada
 from llada_finetune import Ranks
@@ -30,6 +30,31 @@ def test_SIGTERM_saves_after_the_present_step_and_leaves(base, tmp_path, whole, 
     assert names(tmp_path)[-1] == f"step-{step:07}"
     assert f"SIGTERM: saved at step {step}; the same command goes on" in capsys.readouterr().out
     llada.main(command(base, tmp_path))
+    check_same(tmp_path, whole)
+
+
+EVALUATIONS = [
+    pytest.param("evaluate", 0, 3, 0, 0, id="scores at a = 0"),
+    pytest.param("answered", 0, 9, 0, 0, id="first rollouts"),
+    pytest.param("optimiser_step", 4, 1, 2, 4, id="first pass of step 5"),
+    pytest.param("answered", 2, 3, 0, 6, id="renewal after step 6"),
+    pytest.param("evaluate", 1, 5, 0, 8, id="scores after a phase"),
+    pytest.param("answered", 3, 20, 0, 8, id="rollouts of the second phase"),
+]
+
+
+@pytest.mark.parametrize("place, call, evaluation, more, total", EVALUATIONS)
+def test_SIGTERM_ends_with_the_present_network_evaluation(
+    base, tmp_path, whole, place, call, evaluation, more, total
+):
+    """In a step the last pass still runs: in it ranks exchange gradients."""
+    words = command(base, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        later = in_evaluation(patch, place, call, evaluation)
+        llada.main(words)
+    assert len(later) == more
+    assert names(tmp_path)[-1] == f"step-{total:07}"
+    llada.main(words)
     check_same(tmp_path, whole)
 
 
