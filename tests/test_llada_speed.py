@@ -5,7 +5,7 @@ import llada_helpers as tiny
 import loop_helpers
 import pytest
 import torch
-from llada_helpers import EOS, MASK
+from llada_helpers import EOS, MASK, close
 from loop_helpers import tuned
 from torch import Generator
 from torch.testing import assert_close
@@ -23,8 +23,13 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return LLaDA.from_pretrained(tiny.write(tmp_path_factory.mktemp("tiny"), tiny.make_tensors()))
+def folder(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("tiny"), tiny.make_tensors())
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return LLaDA.from_pretrained(folder)
 
 
 # ---- 1. Decoding stops at a row's end ------------------------------------------------------------
@@ -258,3 +263,131 @@ def test_neither_masks_nor_gradients_depend_on_the_passes(base, tmp_path, kind):
         assert torch.equal(xt, found[0][0]) and torch.equal(mask, found[0][1])
         assert taken == found[0][2]
         same_gradient(gradient, found[0][3])
+
+
+# ---- 3. A trimmed last block, LoRA's sum in one call ---------------------------------------------
+IDS, SEEN = tiny.padded(tiny.IDS)
+SOME = SEEN & (torch.rand(3, 48, generator=Generator().manual_seed(5)) < 0.3)
+RAGGED = SOME.clone()
+RAGGED[0, 9:] = False
+FEW = SOME.clone()
+FEW[1] = False
+FEW[2, :46] = False
+WANTED = [
+    pytest.param(SOME, id="some"),
+    pytest.param(RAGGED, id="ragged"),
+    pytest.param(FEW, id="a row without any"),
+    pytest.param(SEEN, id="all but pads"),
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("where", WANTED)
+def test_a_trimmed_last_block_gives_the_full_ones_logits_and_gradients(folder, where, recompute):
+    model = tiny.with_lora(folder, tiny.make_lora()).double().train()
+    model.checkpointing = recompute
+    parameters = [*model.adapters["own"].parameters()]
+    widths = []
+    last = model.model["transformer"]["blocks"][-1]
+    last.ff_out.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    full = model(IDS, SEEN, hidden=True)
+    trimmed = model(IDS, SEEN, where, hidden=True)
+    assert widths == [48, int(where.sum(1).max())]
+    found = []
+    for logits, hidden in ([t[where] for t in full], trimmed):
+        assert logits.shape == (int(where.sum()), 512)
+        scale = torch.linspace(-1, 2, 512).double()
+        loss = (logits.log_softmax(-1) * scale).sum() + hidden.square().sum()
+        gradient = torch.autograd.grad(loss, parameters)
+        found.append([logits.detach(), hidden.detach(), *gradient])
+    assert all(t.any() for t in found[0])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        close(actual, expected, 1e-6 * max(1.0, float(expected.abs().max())))
+
+
+def test_no_position_is_wanted(folder):
+    model = tiny.with_lora(folder, tiny.make_lora())
+    logits, hidden = model(IDS, SEEN, torch.zeros_like(SEEN), hidden=True)
+    assert logits.shape == (0, 512) and hidden.shape == (0, 64)
+    logits.sum().backward()
+    assert not any(p.grad.any() for p in model.adapters["own"].parameters())
+
+
+def maps(dtype):
+    """x, W x, A, B of a map, 2 x 7 inputs of 64; and their float64 copies."""
+    g = Generator().manual_seed(0)
+    shapes = ((2, 7, 64), (2, 7, 96), (8, 64), (96, 8))
+    tensors = [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+    return tensors, [t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_low_rank_is_the_sum_written_out(dropout):
+    (x, y, A, B), (x64, y64, A64, B64) = maps(torch.float32)
+    torch.manual_seed(3)
+    found = llada.low_rank(x, y, A, B, 1.5, dropout)
+    torch.manual_seed(3)
+    kept = torch.nn.functional.dropout(torch.ones_like(x), dropout).double()
+    assert (kept == 0).any() == (dropout > 0)
+    close(found, y64 + 1.5 * (kept * x64) @ A64.T @ B64.T, 1e-4)
+    again = llada.low_rank(x, y, A, B, 1.5, dropout)
+    assert torch.equal(found, again) == (dropout == 0)
+
+
+def test_in_bfloat16_one_call_is_nearer_to_the_sum_than_two():
+    (x, y, A, B), (x64, y64, A64, B64) = maps(torch.bfloat16)
+    inner = torch.nn.functional.linear(x, A)
+    exact = y64 + 1.5 * inner.double() @ B64.T
+    found = llada.low_rank(x, y, A.float(), B.float(), 1.5, 0.0)
+    two = y + 1.5 * torch.nn.functional.linear(inner, B)
+    one_error, two_error = ((t.double() - exact).square().mean().sqrt() for t in (found, two))
+    assert found.dtype == torch.bfloat16
+    assert one_error <= two_error < 0.01 * exact.square().mean().sqrt()
+    close(inner, x64 @ A64.T, 0.2)
+
+
+# ---- 4. Caches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+@pytest.mark.parametrize("steps", [16, 12])
+@pytest.mark.parametrize("pads", [False, True])
+def test_a_cache_keeps_what_the_first_step_of_a_block_computed(model, cache, steps, pads):
+    """Of two layers, so that what is kept grows old."""
+    prompt, seen = tiny.padded(PROMPT[:3]) if pads else (PROMPT[:3], torch.ones(3, 16).bool())
+    expected = tiny.sample_by_hand(model.state_dict(), prompt, seen, steps, cache=cache)[-1]
+    widths = []
+    table = model.model["transformer"]["wte"]
+    hook = table.register_forward_pre_hook(lambda _, given: widths.append(given[0].shape[1]))
+    found = generate(model, prompt, 32, 8, steps, attention_mask=seen, cache=cache)
+    hook.remove()
+    assert torch.equal(found, expected)
+    later = {"prefix": [32, 24, 16, 8], "dual": [8] * 4}[cache]
+    assert widths == sum([[48] + [width] * (steps // 4 - 1) for width in later], [])
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_rows_that_end_leave_the_cache_of_the_others(model, cache):
+    whole = generate(model, PROMPT, 32, 8, 16, cache=cache)[:, 16:].tolist()
+    end = max(range(EOS), key=lambda t: len({stop_of(a, [EOS, t]) for a in whole}))
+    stops = [stop_of(answer, [EOS, end]) for answer in whole]
+    assert len(set(stops)) > 2
+    found = generate(model, PROMPT, 32, 8, 16, ends=[EOS, end], cache=cache)[:, 16:]
+    cut = [a[:stop] + [EOS] * (32 - stop) for a, stop in zip(whole, stops, strict=True)]
+    assert found.tolist() == cut
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_cache_is_exact_where_nothing_in_it_grows_old(model, base, tmp_path, cache):
+    """A block in one step; or one layer, whose keys and values are those of tokens."""
+    for order in ("confidence", "random"):
+
+        def answers(cache, model, *size, order=order, prompt=PROMPT):
+            noise = Generator().manual_seed(0)
+            return generate(model, prompt, *size, 0.7, None, noise, order, True, (), cache)
+
+        for size in ((32, 8, 4), (16, 16, 1)):
+            assert torch.equal(answers(cache, model, *size), answers("off", model, *size))
+        one = tuned(base, tmp_path).model.use("teacher")
+        found = [answers(kind, one, 16, 8, 8, prompt=PROMPT % 20) for kind in (cache, "off")]
+        assert torch.equal(*found)
