@@ -204,7 +204,7 @@ def watch(patch: pytest.MonkeyPatch) -> None:
 
 
 FLAGS = """--task uneven --steps_per_h 8 --a_end 12 --h 9 --ess .4 --c learned --ema .8 --dropout .1
-    --refresh 4 --refresh_steps 3 --eval_rows 6""".split()
+    --refresh 4 --refresh_steps 3 --eval_rows 6 --batch 2 --accum 4""".split()
 
 
 def command(base, out) -> list[str]:
