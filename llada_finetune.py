@@ -987,6 +987,7 @@ class LLaDA(nn.Module):
         """One compilation serves all blocks; each kind of call (student, teacher, padded, the last
         block) has its own."""
         torch._dynamo.config.cache_size_limit = 64
+        Cache.renewed = torch.compiler.disable(Cache.renewed)  # it holds other tensors in each
         for block in self.model["transformer"]["blocks"]:
             block.compile(**how)
 
