@@ -244,6 +244,15 @@ def test_a_run_keeps_its_pass_unless_checkpointing_is_given(base, tmp_path, monk
     assert opened(100.0) == (2, False)  # as in its settings
 
 
+def test_the_smallest_device_decides(base, tmp_path, monkeypatch):
+    run = llada.open_run(given(base, tmp_path, checkpointing="auto"), Ranks())
+    for others, expected in ((9.0, (4, False)), (1e-9, (1, True))):
+        monkeypatch.setattr(Ranks, "memory", lambda _: 9.0)
+        monkeypatch.setattr(Ranks, "gather", lambda _, t, others=others: torch.tensor([t, others]))
+        run.choose_pass(None)
+        assert (run.batch, run.model.checkpointing) == expected
+
+
 # ---- 4. Compilation and other devices -----------------------------------------------------------
 def compiled(layers: int, counter) -> llada.LLaDA:
     torch._dynamo.reset()
