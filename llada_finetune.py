@@ -586,6 +586,7 @@ class Run:
             sys.exit(143)
         finally:
             signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
+            self.ranks.asked = False
             if self.lock:
                 self.lock.release(force=True)
 
@@ -739,6 +740,7 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     saved = files.read_json(file) if file.exists() else None
     cfg = saved_config(saved, given, file) if saved else make_config(**given)
     rows = task_rows(cfg, "train")
+    files.locate(cfg.model)  # nothing is written for a model that is not there
     lock = files.lock_folder(file.parent) if ranks.rank == 0 else None
     run = Run(cfg, ranks, rows, task_rows(cfg, "valid")[: cfg.eval_rows])
     run.lock = lock

@@ -8,14 +8,19 @@ import random
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Generator
+from torch.testing import assert_close
 
 import llada_finetune as llada
 from figures import toy_llada
+from figures.files import checkpoints
 from llada_finetune import TASKS, Ranks
 
 near = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-3)
@@ -116,6 +121,90 @@ def in_step(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
         log_step(run, *terms, **more)
 
     patch.setattr(llada.Run, "log_step", send_and_log)
+
+
+class Watched(llada.Run):
+    """Remembers where student and teacher stood when a phase began, and what its steps did."""
+
+    phases = ()
+
+    def begin_phase(self):
+        super().begin_phase()
+        phase = SimpleNamespace(steps=[], memory={**self.adam.state})
+        phase.student = deepcopy(self.student.state_dict())
+        phase.teacher = deepcopy(self.teacher.state_dict())
+        self.phases += (phase,)
+        self.passes = []  # of the present step
+
+    def log(self, **record):
+        super().log(**record)
+        if record["kind"] == "step":
+            student = deepcopy(self.student.state_dict())
+            step = SimpleNamespace(**record, passes=self.passes, student=student)
+            step.drawn = self.buffer.drawn
+            self.phases[-1].steps.append(step)
+            self.passes = []
+
+
+class Noted(llada.Buffer):
+    def draw(self, count):
+        self.drawn = super().draw(count)
+        return self.drawn
+
+
+def noted(run, student, part, xt, mask, w):
+    loss, sums = loss_sum(run, student, part, xt, mask, w)
+    gradient = torch.autograd.grad(loss, [*run.student.parameters()], retain_graph=True)
+    note = SimpleNamespace(part=part, mask=mask, w=w, data=run.buffer.data, gradient=gradient)
+    run.passes.append(note)
+    return loss, sums
+
+
+loss_sum = llada.loss_sum
+
+
+def watch(patch: pytest.MonkeyPatch) -> None:
+    """From here on a run notes its phases, and their steps with the passes of each."""
+    patch.setattr(llada, "Run", Watched)
+    patch.setattr(llada, "Buffer", Noted)
+    patch.setattr(llada, "loss_sum", noted)
+
+
+FLAGS = """--task uneven --steps_per_h 8 --a_end 12 --h 9 --ess .4 --c learned --ema .8 --dropout .1
+    --refresh 4 --refresh_steps 3 --eval_rows 6""".split()
+
+
+def command(base, out) -> list[str]:
+    return ["train", "--model", str(base), "--out", str(out), *FLAGS]
+
+
+def stop_in_step(step: int, main, words: list[str]) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        in_step(patch, step, signal.SIGTERM)
+        main(words)
+
+
+def complaint(*words) -> str:
+    """What a command says before it exits with 1."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", ["llada_finetune.py", *map(str, words)])
+        llada.run_as_script(llada.main)
+    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
+    return stop.value.code
+
+
+def names(out):
+    return [path.name for path in checkpoints(out)]
+
+
+def check_same(out, whole):
+    """The log; weights, averages, AdamW's moments, buffer and generators at the end; RUN/best."""
+    assert records(out) == records(whole)
+    assert names(out)[-1] == names(whole)[-1]
+    for folder in (names(whole)[-1], "best"):
+        for path in (whole / folder).rglob("*.safetensors"):
+            other = load_file(out / path.relative_to(whole))
+            assert_close(other, load_file(path), atol=0, rtol=0)
 
 
 def child(*words: object, **more: str) -> subprocess.CompletedProcess:

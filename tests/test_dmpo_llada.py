@@ -1,8 +1,10 @@
 """DMPO on LLaDA: its bounds, its groups, the gradient of a step, a run that is stopped."""
 
+import signal
+
 import pytest
 import torch
-from loop_helpers import given, near, records, small_base
+from loop_helpers import given, in_step, near, records, small_base
 from torch.testing import assert_close
 
 import llada_finetune as llada
@@ -94,8 +96,8 @@ def test_a_step_descends_the_weighted_cross_entropy_of_the_whole_buffer(base, tm
 def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path):
     whole, stopped = (dmpo_run(base, tmp_path / name) for name in ("whole", "stopped"))
     dmpo.tune(whole)
-    stopped.ask_to_stop()
-    with pytest.raises(SystemExit, match="143"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        in_step(patch, 3, signal.SIGTERM)
         dmpo.tune(stopped)
     assert stopped.state.phase == 1
     again = dmpo_run(base, tmp_path / "stopped")

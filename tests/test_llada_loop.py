@@ -1,7 +1,6 @@
 """The loop on tiny models: weights, optimiser, phases, log; the buffer; c; scores; settings."""
 
 import math
-from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -23,36 +22,6 @@ def base(tmp_path_factory):
 
 
 # ---- 1. Four runs, each phase and step of them noted ---------------------------------------------
-class Watched(llada.Run):
-    """Remembers where student and teacher stood when a phase began, and what its steps did."""
-
-    phases = ()
-
-    def begin_phase(self):
-        super().begin_phase()
-        phase = SimpleNamespace(steps=[], memory={**self.adam.state})
-        phase.student = deepcopy(self.student.state_dict())
-        phase.teacher = deepcopy(self.teacher.state_dict())
-        self.phases += (phase,)
-        self.passes = []  # of the present step
-
-    def log(self, **record):
-        super().log(**record)
-        if record["kind"] == "step":
-            student = deepcopy(self.student.state_dict())
-            step = SimpleNamespace(**record, passes=self.passes, student=student)
-            self.phases[-1].steps.append(step)
-            self.passes = []
-
-
-def noted(run, student, part, w):
-    loss, terms = loss_terms(run, student, part, w)
-    gradient = torch.autograd.grad(loss, [*run.student.parameters()], retain_graph=True)
-    run.passes.append(SimpleNamespace(part=part, w=w, data=run.buffer.data, gradient=gradient))
-    return loss, terms
-
-
-loss_terms = llada.loss_terms
 BEST = {"c": "best", "normalize": "batch", "ema": 0.6, "ess": 0.7, "h": 6.0, "order": "random"}
 LEARNED = {"c": "learned", "normalize": "group", "completions": 2, "dropout": 0.1}
 PAPER = {"c": ".5", "ema": 0.9, "lora": "paper", "checkpointing": "on", "steps_per_h": 2}
@@ -67,8 +36,7 @@ RUNS = [
 @pytest.fixture(scope="module", params=RUNS)
 def seen(base, tmp_path_factory, request):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llada, "Run", Watched)
-        patch.setattr(llada, "loss_terms", noted)
+        loop_helpers.watch(patch)
         run = llada.open_run(given(base, tmp_path_factory.mktemp("run"), **request.param), Ranks())
         llada.train(run)
     assert len(run.phases) > 2  # the last one is empty
@@ -78,8 +46,10 @@ def seen(base, tmp_path_factory, request):
 def test_D1_a_step_takes_different_answers_with_weights_that_tilt(seen):
     cfg = seen.cfg
     for step in sum([phase.steps for phase in seen.phases], []):
-        drawn = sum([note.part for note in step.passes], [])
+        drawn, taken = step.drawn, sum([note.part for note in step.passes], [])
         assert len(set(drawn)) == len(drawn) == cfg.batch * cfg.accum
+        assert taken == [i for i in drawn if i in taken]  # the others are masked past their end
+        assert len(taken) == sum(int(note.mask.any(1).sum()) for note in step.passes)
         for note in step.passes:
             w = torch.exp(step.h * note.data["r"])
             of_prompts = w.view(-1, cfg.completions).mean(1).repeat_interleave(cfg.completions)
@@ -99,7 +69,7 @@ def test_a_refresh_renews_the_oldest_answers_every_refresh_steps(seen):
             assert len(new) == cfg.prompts * cfg.completions
 
 
-def test_the_student_is_AdamWs_on_the_clipped_mean_gradient_of_a_steps_passes(seen):
+def test_the_student_is_AdamWs_on_the_clipped_mean_gradient_of_a_steps_answers(seen):
     cfg = seen.cfg
     for phase in seen.phases:
         ps = [p.clone().requires_grad_() for p in phase.student.values()]
@@ -107,7 +77,7 @@ def test_the_student_is_AdamWs_on_the_clipped_mean_gradient_of_a_steps_passes(se
         for place, step in enumerate(phase.steps):
             gradients = [note.gradient for note in step.passes]
             for p, *parts in zip(ps, *gradients, strict=True):
-                p.grad = torch.stack(parts).mean(0)
+                p.grad = torch.stack(parts).sum(0) / (cfg.batch * cfg.accum)
             norm = torch.nn.utils.clip_grad_norm_(ps, cfg.clip)
             adam.param_groups[0]["lr"] = learning_rate(cfg, place)
             adam.step()
@@ -235,8 +205,7 @@ def test_prompts_that_are_too_long_are_skipped_and_counted(base):
 
 
 # ---- 3. A step, and c ---------------------------------------------------------------------------
-def test_D3_the_loss_of_a_step_row_by_row(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(llada, "mask_blockwise", steady)
+def test_D3_the_loss_of_a_step_row_by_row(base, tmp_path):
     run = tuned(base, tmp_path, c="0.7")
     run.buffer.fill(16)
     data = run.buffer.data
@@ -258,10 +227,11 @@ def test_D3_the_loss_of_a_step_row_by_row(base, tmp_path, monkeypatch):
         kls.append((log_a.exp() * (log_a - log_p)).sum(-1).mean())
     xt, mask = steady(data["x1"][part], 23, 8)
     assert (xt == 23).sum() > mask.sum()  # some rows had later blocks
-    loss = torch.stack(losses).mean()
-    kl = torch.stack(kls).mean()
-    got, terms = llada.loss_terms(run, run.model, part, w[part])
-    near(terms, torch.stack([loss, kl, torch.tensor(0.7).double()]).detach())
+    loss = torch.stack(losses).sum()
+    kl = torch.stack(kls).sum()
+    got, sums = llada.loss_sum(run, run.model, part, xt, mask, w[part])
+    positions = mask.sum().double()
+    near(sums, torch.stack([loss, kl, 0.7 * positions, positions]).detach())
     parameters = [*run.student.parameters()]
     near(torch.autograd.grad(got, parameters), torch.autograd.grad(loss, parameters))
 
@@ -311,9 +281,10 @@ def test_c_never_depends_on_the_batch_that_it_serves(base, tmp_path, c):
         run = tuned(base, tmp_path, c=c)
         run.buffer.fill(6)
         for i, w in enumerate([torch.linspace(0, 2, 4), scale * torch.ones(4), torch.ones(4)]):
-            run.generator.manual_seed(i)
-            _, terms = llada.loss_terms(run, run.model, [0, 1, 2, 3], w)
-            means.append(float(terms[2]))
+            noise = Generator().manual_seed(i)
+            xt, mask = dtm.mask_blockwise(run.buffer.data["x1"][:4], 23, 8, noise)
+            _, sums = llada.loss_sum(run, run.model, [0, 1, 2, 3], xt, mask, w)
+            means.append(float(sums[2] / sums[3]))
             run.control.fit(Ranks())
     assert means[0] == means[3] == 1
     assert means[1] == means[4] != 1

@@ -2,6 +2,7 @@
 float64, and a sampler of plain loops."""
 
 import math
+from types import SimpleNamespace
 
 import llada_helpers as tiny
 import pytest
@@ -381,7 +382,8 @@ def test_generate_is_sample_on_the_answer(model):
 def test_answers_come_in_the_order_of_their_prompts(model):
     prompts = [PROMPT[0, :n].tolist() for n in (9, 16, 3, 16, 4)]
     cfg = llada.Config(gen_length=16, block=8, steps=8, chunk=2)
-    answers = llada.decode(model.train(), prompts, cfg, Generator())
+    text = SimpleNamespace(ends=[])
+    answers = llada.decode(model.train(), text, prompts, cfg, Generator())
     for prompt, answer in zip(prompts, answers, strict=True):
         alone = generate(model, torch.tensor([prompt]), 16, 8, 8)
         assert torch.equal(answer, alone[0, len(prompt) :])

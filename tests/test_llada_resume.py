@@ -11,8 +11,21 @@ from unittest.mock import MagicMock
 import loop_helpers
 import pytest
 import torch
-from loop_helpers import alone, given, in_step, near, read_lines, records, steady, tuned
-from safetensors.torch import load_file
+from loop_helpers import (
+    alone,
+    check_same,
+    command,
+    complaint,
+    given,
+    in_step,
+    names,
+    near,
+    read_lines,
+    records,
+    steady,
+    stop_in_step,
+    tuned,
+)
 from torch.testing import assert_close
 
 import dtm
@@ -25,29 +38,6 @@ from llada_finetune import TASKS, LoRA, Ranks
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     yield from loop_helpers.small_base(tmp_path_factory.mktemp("base"))
-
-
-FLAGS = """--task uneven --steps_per_h 8 --a_end 12 --h 9 --ess .4 --c learned --ema .8 --dropout .1
-    --refresh 4 --refresh_steps 3 --eval_rows 6""".split()
-
-
-def command(base, out) -> list[str]:
-    return ["train", "--model", str(base), "--out", str(out), *FLAGS]
-
-
-def stop_in_step(step: int, main, words: list[str]) -> None:
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        in_step(patch, step, signal.SIGTERM)
-        main(words)
-
-
-def complaint(*words) -> str:
-    """What a command says before it exits with 1."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", ["llada_finetune.py", *map(str, words)])
-        llada.run_as_script(llada.main)
-    assert isinstance(stop.value.code, str) and "\n" not in stop.value.code
-    return stop.value.code
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +63,6 @@ def copied(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "run")
 
 
-def names(out):
-    return [path.name for path in checkpoints(out)]
-
-
-def check_same(out, whole):
-    """The log; weights, averages, AdamW's moments, buffer and generators at the end; RUN/best."""
-    assert records(out) == records(whole)
-    assert names(out)[-1] == names(whole)[-1]
-    for folder in (names(whole)[-1], "best"):
-        for path in (whole / folder).rglob("*.safetensors"):
-            other = load_file(out / path.relative_to(whole))
-            assert_close(other, load_file(path), atol=0, rtol=0)
-
-
 # ---- 1. The same command goes on ----------------------------------------------------------------
 @pytest.mark.parametrize("step, saved", [(2, []), (14, ["step-0000009", "step-0000012"])])
 def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, whole, step, saved):
@@ -103,32 +79,16 @@ def test_a_killed_run_goes_on_bit_for_bit(base, tmp_path, whole, step, saved):
 
 
 def test_a_run_that_died_before_it_wrote_its_settings_starts_anew(base, tmp_path, whole):
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(TypeError):
-        patch.setattr(llada, "write", None)
+    def write(path, *content):
+        assert path.name != "config.json"
+        files_write(path, *content)
+
+    files_write = files.write
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(files, "write", write)
         llada.main(command(base, tmp_path))
     llada.main(command(base, tmp_path))
     check_same(tmp_path, whole)
-
-
-@pytest.mark.parametrize("step", [3, 8, 11])
-def test_SIGTERM_saves_after_the_present_step_and_leaves(base, tmp_path, whole, step, capsys):
-    stop_in_step(step, llada.main, command(base, tmp_path))
-    assert names(tmp_path)[-1] == f"step-{step:07}"
-    assert f"SIGTERM: saved at step {step}; the same command goes on" in capsys.readouterr().out
-    llada.main(command(base, tmp_path))
-    check_same(tmp_path, whole)
-
-
-def test_SIGTERM_is_not_lost_while_ranks_exchange_a_steps_numbers(base, tmp_path, monkeypatch):
-    def gather(ranks, t):
-        if len(t) == 1 and t.shape[-1] == 4:  # a step's record
-            signal.raise_signal(signal.SIGTERM)
-        return t
-
-    monkeypatch.setattr(Ranks, "gather", gather)
-    with pytest.raises(SystemExit, match="143"):
-        llada.main(command(base, tmp_path))
-    assert records(tmp_path)[-1]["total"] <= 2
 
 
 def test_a_run_goes_on_without_its_flags_and_then_changes_no_more(copied, whole):
@@ -183,14 +143,14 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_left_alone(copied, part):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(base, tmp_path, monkeypatch):
-    loss_terms = llada.loss_terms
+    loss_sum = llada.loss_sum
 
     def poisoned(run, *args):
         if run.state.total == 5:
             run.student.B["0:v_proj"].data[0, 0] = float("nan")
-        return loss_terms(run, *args)
+        return loss_sum(run, *args)
 
-    monkeypatch.setattr(llada, "loss_terms", poisoned)
+    monkeypatch.setattr(llada, "loss_sum", poisoned)
     message = complaint(*command(base, tmp_path))
     assert "not finite at step 6, rank 0; the last checkpoint is whole" in message
     run = llada.open_run({"out": str(tmp_path)}, Ranks())
@@ -316,7 +276,6 @@ def test_a_toy_run_that_was_stopped_writes_its_result_as_well(base, tmp_path, mo
 # ---- 5. Two ranks -------------------------------------------------------------------------------
 def train(ranks, *where, **more) -> llada.Run:
     run = llada.open_run(given(*where, c="learned", normalize="batch", **more), ranks)
-    signal.signal(signal.SIGTERM, run.ask_to_stop)
     llada.train(run)
     return run
 
@@ -336,14 +295,14 @@ def two_ranks(base: Path, out: Path) -> None:
     found["saved"] = names(out / "stopped")
     train(ranks, base, out / "stopped", **more)
     train(ranks, base, out / "blind", eval_rows=0, steps_per_h=1, a_end=4.0)
-    llada.mask_blockwise = steady
     run = tuned(base, out, ranks, c="0.7", normalize="batch", checkpointing="on")
     run.buffer.fill(16)
     run.buffer.data["r"] = torch.linspace(0, 1, 16).double() + ranks.rank
     student = llada.parallel(run.model, ranks)
+    xt, mask = steady(run.buffer.data["x1"], 23, 8)
     w = run.buffer.weights(4.0).float()
-    loss, found["terms"] = llada.loss_terms(run, student, [*range(16)], w)
-    loss.backward()
+    loss, found["sums"] = llada.loss_sum(run, student, [*range(16)], xt, mask, w)
+    (loss / 16).backward()
     found |= {"gradient": [p.grad for p in run.student.parameters()], "data": run.buffer.data}
     found["scores"] = llada.evaluate(run, TASKS["uneven"].rows("test"), 16, out / "eval.jsonl")
     torch.save(found, out / f"{ranks.rank}.pt")
@@ -381,15 +340,15 @@ def test_without_validation_rows_the_best_is_the_last_phase(ranks, base):
     assert best.base == final.base == (str(base), files.fingerprint(base))
 
 
-def test_two_ranks_step_and_score_as_one_process(ranks, base, tmp_path, monkeypatch):
+def test_two_ranks_step_and_score_as_one_process(ranks, base, tmp_path):
     out, one, two = ranks
-    monkeypatch.setattr(llada, "mask_blockwise", steady)
     run = tuned(base, tmp_path, c="0.7", normalize="batch")
     run.buffer.data = {key: torch.cat([t, two["data"][key]]) for key, t in one["data"].items()}
     w = run.buffer.weights(4.0).float()
-    loss, terms = llada.loss_terms(run, run.model, [*range(32)], w)
-    gradient = [*torch.autograd.grad(loss, [*run.student.parameters()])]
-    near((one["terms"] + two["terms"]) / 2, terms)
+    xt, mask = steady(run.buffer.data["x1"], 23, 8)
+    loss, sums = llada.loss_sum(run, run.model, [*range(32)], xt, mask, w)
+    gradient = [*torch.autograd.grad(loss / 32, [*run.student.parameters()])]
+    near(one["sums"] + two["sums"], sums)
     near([one["gradient"], two["gradient"]], [gradient, gradient])
     scores = llada.evaluate(run, TASKS["uneven"].rows("test"), 16, tmp_path / "eval.jsonl")
     assert (one["scores"], two["scores"]) == (scores, None)
