@@ -186,6 +186,8 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     with run.saved_when_stopped():
         if not state.scored:
             score_phase(run, watch)
+            if state.total:  # SIGTERM came in these scores: nothing else would save the last ones
+                run.save()
         run.keep_best()
         while cfg.a_end - state.a > 1e-9 * cfg.a_end:
             if state.step == 0:  # a new phase: rollouts of its teacher, then its h
