@@ -41,7 +41,6 @@ from tests import (
 )
 from tests.campaign_runs import ROOT, Part
 
-
 # ---- Numbers ---------------------------------------------------------------------------------
 OVERFLOW = "not finite, of extreme numbers"
 
