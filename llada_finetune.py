@@ -576,6 +576,7 @@ class Run:
         """In here SIGTERM undoes a step or rollouts under way, saves and leaves. The folder's lock
         is given back at the end."""
         handler = signal.signal(signal.SIGTERM, self.ranks.ask_to_stop)
+        self.ranks.clear_sign(self.out)
         try:
             yield
         except Stopped:
@@ -586,6 +587,8 @@ class Run:
                 self.save()
             self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
             sys.exit(143)
+        except RuntimeError as error:
+            self.ranks.name_lost(error, self.out)
         finally:
             signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
             if self.lock:
