@@ -30,9 +30,10 @@ from tests.campaign_runs import (
 
 FIRST, LATER = "evaluation at a = 0", "evaluation later"
 EARLY, AGAIN, ANY = "before the first checkpoint", "resuming", "any time"
+TORN = "settings or log half written"
 # How many of each kind at full size, for each number of ranks; 20 at named moments and some more.
 KILLS = {EARLY: 2, "rollout": 3, "step": 3, "boundary": 3, "checkpoint": 6, FIRST: 1, LATER: 2}
-KILLS |= {AGAIN: 2, ANY: 4}
+KILLS |= {TORN: 2, AGAIN: 2, ANY: 4}
 TERMS = {"rollout": 4, "step": 4, "boundary": 3, "checkpoint": 3, FIRST: 2, LATER: 4, ANY: 3}
 OPENING = 12  # moments at least while a run is resumed: its lock, its state, its log
 PATIENCE = 10  # seconds from SIGTERM to the end
@@ -61,7 +62,10 @@ class Moments:
 
     def reach(self, what: str, spoil: Callable[[], None] | None = None) -> None:
         """A moment. What `spoil` does would be half done when the process is killed here."""
-        for kind in (self.place, EARLY) if self.early else (self.place,):
+        kinds = [self.place]
+        kinds += [EARLY] if self.early else []
+        kinds += [TORN] if self.place == "opening" and what.endswith("half written") else []
+        for kind in kinds:
             self.counts[kind] += 1
             if kind == self.kind and self.counts[kind] == self.number:
                 self.end(what, spoil)
@@ -177,7 +181,7 @@ def plan(kinds: dict[str, int], size: float, counts: list[dict], draw: random.Ra
     for kind, most in kinds.items():
         many = max(1, round(most * size))
         for i in range(many):
-            rank = (i + draw.randrange(2)) % len(counts)
+            rank = 0 if kind == TORN else (i + draw.randrange(2)) % len(counts)
             share = (i + draw.random()) / many
             where = "step" if kind in (AGAIN, ANY) else kind
             number = 1 + int(share * counts[rank][where])
@@ -223,6 +227,7 @@ class Case:
             where = self.kill_at(f"{'step' if kind == AGAIN else kind},{number},{rank},{how}", rank)
         if kind == AGAIN:
             again = f"opening,{self.draw.randint(1, OPENING)},0,machine"
+            again = again if rank or number % 2 else f"{TORN},2,0,machine"  # the log
             where += f", then {self.kill_at(again, 0)}"
         with self.part.lock:
             self.count("SIGKILL", kind)
