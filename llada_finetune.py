@@ -186,6 +186,8 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     with run.saved_when_stopped():
         if not state.scored:
             score_phase(run, watch)
+            if state.total:  # SIGTERM came in these scores: nothing else would save the last ones
+                run.save()
         run.keep_best()
         while cfg.a_end - state.a > 1e-9 * cfg.a_end:
             if state.step == 0:  # a new phase: rollouts of its teacher, then its h
@@ -581,6 +583,7 @@ class Run:
         """In here SIGTERM undoes a step or rollouts under way, saves and leaves. The folder's lock
         is given back at the end."""
         handler = signal.signal(signal.SIGTERM, self.ranks.ask_to_stop)
+        self.ranks.clear_sign(self.out)
         try:
             yield
         except Stopped:
@@ -591,6 +594,8 @@ class Run:
                 self.save()
             self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
             sys.exit(143)
+        except RuntimeError as error:
+            self.ranks.name_lost(error, self.out)
         finally:
             signal.signal(signal.SIGTERM, handler)  # whoever called may be stopped again
             self.ranks.asked = False

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dtm import check
+
+SIGN = ".stopping-"  # and the number of a rank that saw another one missing
+SIGNS_IN = 5  # seconds
 
 
 class Stopped(Exception):
@@ -68,6 +72,23 @@ class Ranks:
         finally:
             hook.remove()
         self.stop_together()
+
+    def name_lost(self, error: RuntimeError, folder: Path) -> None:
+        """After ranks failed to reach each other: a ValueError with the number of each that leaves
+        no sign in the run's folder in time. Any other error is raised again."""
+        if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise error
+        (folder / f"{SIGN}{self.rank}").touch()
+        time.sleep(SIGNS_IN)
+        lost = [str(k) for k in range(self.size) if not (folder / f"{SIGN}{k}").exists()]
+        what = f"rank {', '.join(lost)} of {self.size} has ended, hangs or is late"
+        what = what if lost else "the ranks have lost touch with each other"
+        advice = "the last checkpoint is whole, and the same command goes on from there"
+        raise ValueError(f"rank {self.rank} stops, as {what}; {advice}") from None
+
+    def clear_sign(self, folder: Path) -> None:
+        """Of an earlier run that lost a rank."""
+        (folder / f"{SIGN}{self.rank}").unlink(missing_ok=True)
 
     def memory(self) -> float:
         """GB that this process may use of its device: on a CPU, a share of half the machine's."""

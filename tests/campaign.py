@@ -1,7 +1,7 @@
-"""A stress campaign: kills, damaged files, hostile answers, extreme numbers, ranks that die.
+"""A stress campaign: kills, damaged files, hostile answers, extreme numbers, lost ranks, a soak.
 
-    python -m tests.campaign            25 minutes on 2 cores; not collected by pytest
-    python -m tests.campaign --quick    3 minutes; --size .4 lies between
+    python -m tests.campaign            30 minutes on 2 cores; not collected by pytest
+    python -m tests.campaign --quick    5 minutes; --size .4 lies between
 
 The last results of each part lie in figures/campaign.json. What did not hold is listed there, and
 the exit status is 1 if there is any. Runs are real processes of `llada_finetune.py train` with
@@ -10,27 +10,45 @@ of RUN/best, and the log without its seconds.
 """
 
 import argparse
+import functools
 import itertools
+import math
+import multiprocessing
 import os
 import platform
 import random
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing import Queue
 from pathlib import Path
+from queue import Empty
 
 import torch
+from tqdm import tqdm
 
 import dtm
 from figures import files
-from tests import campaign_answers, campaign_runs, loop_helpers
+from tests import (
+    campaign_answers,
+    campaign_files,
+    campaign_kills,
+    campaign_ranks,
+    campaign_soak,
+    loop_helpers,
+)
 from tests.campaign_runs import ROOT, Part
 
-
 # ---- Numbers ---------------------------------------------------------------------------------
-def hold_finite(part: Part, name: str, call: Callable[[], object]) -> None:
-    """A finite result, or a ValueError of one sentence."""
+OVERFLOW = "not finite, of extreme numbers"
+
+
+def hold_finite(part: Part, name: str, call: Callable[[], object], extreme: bool) -> None:
+    """A finite result, or a ValueError of one sentence. What is extreme (logits that are not finite
+    themselves, weights of 1e30, h of 1e308) may overflow, as the loop refuses such a loss; counted.
+    """
     try:
         result = torch.as_tensor(call())
     except ValueError as error:
@@ -39,7 +57,10 @@ def hold_finite(part: Part, name: str, call: Callable[[], object]) -> None:
     except Exception as error:
         part.hold(False, f"{name}: {error!r:.200}")
     else:
-        part.hold(result.isfinite().all(), f"{name}: {result.flatten()[:4].tolist()}")
+        finite = bool(result.isfinite().all())
+        part.hold(finite or extreme, f"{name}: {result.flatten()[:4].tolist()}")
+        if not finite and extreme:
+            part.notes[OVERFLOW] = part.notes.get(OVERFLOW, 0) + 1
 
 
 def reward_cases() -> Iterator[tuple[str, torch.Tensor]]:
@@ -59,10 +80,10 @@ def weights_and_steps(part: Part) -> None:
         for h, normalize in itertools.product((0.0, 1.0, -1.0, 700.0, 1e308), (False, True)):
             words = f"tilt_weight, {name}, {dtype}, h {h}, normalize {normalize}"
             call = (r, h, normalize, group[: len(r)] if normalize and len(r) % 2 else None)
-            hold_finite(part, words, lambda call=call: dtm.tilt_weight(*call))
+            hold_finite(part, words, functools.partial(dtm.tilt_weight, *call), False)
         for ess, h in itertools.product((0.0, 1e-9, 0.5, 1.0), (0.0, 1.0, 700.0, 1e308)):
             words = f"next_h, {name}, {dtype}, ess {ess}, h_max {h}"
-            hold_finite(part, words, lambda call=(r, ess, h): dtm.next_h(*call))
+            hold_finite(part, words, functools.partial(dtm.next_h, r, ess, h), h > 1e30)
 
 
 def logit_cases(V: int, L: int, noise: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
@@ -93,51 +114,162 @@ def numbers(part: Part, draw: random.Random, size: float) -> None:
                 for which, *pair in both:
                     words = f"c_dtm_loss, {which} {name}, V {V}, L {L}, {dtype}, w {w}, c {c}"
                     call = (*pair, x1, w, c)
-                    hold_finite(part, words, lambda call=call: dtm.c_dtm_loss(*call))
+                    largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in pair)
+                    extreme = max(largest, w) >= 1e30 or math.isnan(c)
+                    hold_finite(part, words, functools.partial(dtm.c_dtm_loss, *call), extreme)
 
 
 # ---- The campaign -------------------------------------------------------------------------------
-OF_RUNS = {name: getattr(campaign_runs, name) for name in ("kills", "damage", "ranks")}
-OF_FUNCTIONS = {"answers": campaign_answers.answers, "numbers": numbers}
+# What is tried at full size, and seconds of it on 2 cores that do nothing else: for the bar alone.
+EXPECTED = {
+    "answers": (886_000, 1700),
+    "numbers": (10_500, 60),
+    "kills": (430, 900),
+    "damage": (150, 200),
+    "ranks": (44, 300),
+    "soak": (6, 0),
+}
+# Lanes run beside each other, a lane's parts one after the other. The last ones give way.
+LANES = ((0, ("answers",)), (0, ("kills", "damage", "ranks", "numbers")), (10, ("soak",)))
+CALLS = {
+    "answers": campaign_answers.answers,
+    "numbers": numbers,
+    "kills": campaign_kills.kills,
+    "damage": campaign_files.damage,
+    "ranks": campaign_ranks.ranks,
+    "soak": campaign_soak.soak,
+}
+OF_FUNCTIONS = ("answers", "numbers")  # the others start runs
+
+
+def seconds_of(name: str, given: argparse.Namespace) -> float:
+    return 60 * given.soak if name == "soak" else EXPECTED[name][1] * max(given.size, 0.05)
+
+
+def run_lane(lane: tuple, given: argparse.Namespace, base: Path, queue: Queue) -> None:
+    """The parts of a lane in a process of its own; lines, progress and rows go to the queue."""
+    nice, names = lane
+    os.nice(nice)
+    torch.set_num_threads(1)
+    for name in names:
+        folder = base.parent / name
+        folder.mkdir()
+        tell = functools.partial(tell_of, queue, name)
+        part = Part(round(EXPECTED[name][0] * given.size), tell)
+        draw = random.Random(f"{given.seed} {name}")
+        began = time.monotonic()
+        size = given.soak if name == "soak" else given.size
+        try:
+            if name in OF_FUNCTIONS:
+                CALLS[name](part, draw, size)
+            else:
+                CALLS[name](part, base, folder, draw, size)
+        except Exception:
+            part.hold(False, f"{name}: {traceback.format_exc()[-800:]}")
+        seconds = round(time.monotonic() - began)
+        queue.put((name, part.row() | {"seconds": seconds}))
+
+
+def tell_of(queue: Queue, name: str, said: object) -> None:
+    queue.put((name, said))
+
+
+class Bar:
+    """Minutes of the lane that has most of them left, by each part's share that is done."""
+
+    def __init__(self, lanes: list[tuple], given: argparse.Namespace):
+        self.seconds = {name: seconds_of(name, given) for _, names in lanes for name in names}
+        self.lanes = [names for _, names in lanes]
+        self.share = dict.fromkeys(self.seconds, 0.0)
+        self.most = self.left()
+        form = "{l_bar}{bar}| {elapsed}, about {remaining} left, {postfix}"
+        self.bar = tqdm(total=round(self.most), bar_format=form, dynamic_ncols=True)
+
+    def left(self) -> float:
+        """Seconds, were the machine as fast as the one of EXPECTED."""
+        lanes = []
+        for names in self.lanes:
+            lanes.append(sum(self.seconds[name] * (1 - self.share[name]) for name in names))
+        return max(lanes)
+
+    def move(self, name: str, share: float) -> None:
+        self.share[name] = share
+        self.bar.n = round(self.most - self.left())
+        running = [f"{n} {x:.0%}" for n, x in self.share.items() if 0 < x < 1]
+        self.bar.set_postfix_str(", ".join(running))
+
+
+def results(lanes: list[tuple], given: argparse.Namespace, base: Path) -> Iterator[tuple]:
+    """(name, row) of each part when it has ended."""
+    queue = multiprocessing.Queue()
+    bar = Bar(lanes, given)
+    expected = {name for _, names in lanes for name in names}
+    workers = {}
+    for lane in lanes:
+        worker = multiprocessing.Process(target=run_lane, args=(lane, given, base, queue))
+        worker.start()
+        workers |= dict.fromkeys(lane[1], worker)
+    while expected:
+        try:
+            name, said = queue.get(timeout=5)
+        except Empty:
+            for name in [name for name in expected if not workers[name].is_alive()]:
+                expected.remove(name)
+                lost = {"failures": [f"{name}: its process ended"], "notes": {}}
+                yield name, lost | {"tried": 1, "held": 0, "seconds": 0}
+            continue
+        if isinstance(said, str):
+            tqdm.write(f"{name}: {said.strip()}")
+        elif isinstance(said, float):
+            bar.move(name, said)
+        else:
+            expected.remove(name)
+            bar.move(name, 1.0)
+            tqdm.write(line(name, said))
+            yield name, said
+    bar.bar.close()
+
+
+def line(name: str, row: dict) -> str:
+    failed = row["tried"] - row["held"]
+    return f"{name:10}{row['tried']:10}{row['held']:10}{failed:8}{row['seconds']:9}"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="as --size 0.015 --soak 0")
+    parser.add_argument("--size", type=float, default=1.0, help="share of the full size")
+    parser.add_argument("--soak", type=float, help="minutes of the soak (30 x size; 0: none)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--parts", nargs="+", choices=[*CALLS], default=[*CALLS])
+    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "campaign.json")
+    given = parser.parse_args()
+    given.size = 0.015 if given.quick else given.size
+    if given.soak is None:
+        given.soak = 0.0 if given.quick else 30 * given.size
+    return given
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="as --size 0.015")
-    parser.add_argument("--size", type=float, default=1.0, help="share of the full size")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--parts", nargs="+", choices=[*OF_RUNS, *OF_FUNCTIONS], default=[*OF_RUNS, *OF_FUNCTIONS]
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "figures" / "campaign.json")
-    given = parser.parse_args()
-    size = 0.015 if given.quick else given.size
-    torch.set_num_threads(1)
+    given = arguments()
     cores = len(os.sched_getaffinity(0))
     about = {"command": " ".join(["python -m tests.campaign", *sys.argv[1:]]), "seed": given.seed}
     about |= {"machine": f"{platform.platform()}, {cores} cores, root: {os.geteuid() == 0}"}
-    about |= {"python": platform.python_version(), "torch": torch.__version__, "size": size}
+    about |= {"python": platform.python_version(), "torch": torch.__version__, "size": given.size}
     table = files.read_json(given.out) if given.out.is_file() else {}
+    lanes = []
+    for nice, names in LANES:
+        names = [name for name in names if name in given.parts and (name != "soak" or given.soak)]
+        lanes += [(nice, names)] if names else []
+    failed = False
+    print(f"{'part':10}{'tried':>10}{'held':>10}{'failed':>8}{'seconds':>9}", flush=True)
     with tempfile.TemporaryDirectory(prefix="campaign-") as name:
         for base in loop_helpers.small_base(Path(name, "base")):
-            for key in given.parts:
-                print(f"{key} ...", flush=True)
-                folder = Path(name, key)
-                folder.mkdir()
-                began = time.monotonic()
-                part, draw = Part(), random.Random(f"{given.seed} {key}")
-                if key in OF_RUNS:
-                    OF_RUNS[key](part, base, folder, draw, size)
-                else:
-                    OF_FUNCTIONS[key](part, draw, size)
-                seconds = {"seconds": round(time.monotonic() - began)}
-                table[key] = vars(part) | seconds | about
+            for part, row in results(lanes, given, base):
+                failed |= row["tried"] > row["held"]
+                table[part] = row | about
                 files.write(given.out, table)
-    print(f"\n{'part':10}{'tried':>10}{'held':>10}{'failed':>8}{'seconds':>9}")
-    for key, row in table.items():
-        failed = row["tried"] - row["held"]
-        print(f"{key:10}{row['tried']:10}{row['held']:10}{failed:8}{row['seconds']:9}")
-    return any(row["failures"] for row in table.values())
+    return int(failed)
 
 
 if __name__ == "__main__":
