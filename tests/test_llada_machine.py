@@ -90,6 +90,17 @@ def test_SIGTERM_ends_with_the_present_network_evaluation(
     check_same(tmp_path, whole)
 
 
+def test_the_last_scores_are_taken_once_if_SIGTERM_ends_them(base, tmp_path, whole, monkeypatch):
+    words = command(base, tmp_path)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        in_evaluation(patch, "evaluate", records(whole)[-1]["phase"], 2)
+        llada.main(words)
+    llada.main(words)
+    monkeypatch.setattr(llada, "evaluate", pytest.fail)
+    llada.main(words)
+    check_same(tmp_path, whole)
+
+
 def test_SIGTERM_is_not_lost_while_ranks_exchange_a_steps_numbers(base, tmp_path, monkeypatch):
     def gather(ranks, t):
         if len(t) == 1 and t.shape[-1] == 4:  # a step's record
