@@ -674,8 +674,9 @@ class Run:
             half.replace(self.out / name)
             found = files.checkpoints(self.out)
             whole = [path for path in found if (path / files.MANIFEST).is_file()]
-            for old in whole[:-2]:
-                shutil.rmtree(old)
+            for old in found:  # without a manifest: its removal was killed
+                if old < whole[-2:][0]:
+                    shutil.rmtree(old)
             self.keep_best()
         self.saved = (self.state.total, self.state.scored)
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
