@@ -743,6 +743,9 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     out = given.get("out") or make_config(**given).out
     file = Path(out, "config.json")
     saved = files.read_json(file) if file.exists() else None
+    begun = (file.parent / "metrics.jsonl").is_file() or files.checkpoints(file.parent)
+    lost = f"{file} is missing, although a run began there; restore it, or take another --out"
+    check(bool(saved or not begun), lost)
     cfg = saved_config(saved, given, file) if saved else make_config(**given)
     rows = task_rows(cfg, "train")
     lock = files.lock_folder(file.parent) if ranks.rank == 0 else None
