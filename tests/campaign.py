@@ -97,6 +97,12 @@ def logit_cases(V: int, L: int, noise: torch.Generator) -> Iterator[tuple[str, t
     yield "nan", plain * torch.nan
 
 
+def size_of(t: torch.Tensor) -> float:
+    """Of the largest number; of nan, infinite."""
+    largest = float(t.abs().max())
+    return math.inf if math.isnan(largest) else largest
+
+
 def numbers(part: Part, draw: random.Random, size: float) -> None:
     """Weights, steps and losses at the ends of their ranges."""
     weights_and_steps(part)
@@ -114,7 +120,7 @@ def numbers(part: Part, draw: random.Random, size: float) -> None:
                 for which, *pair in both:
                     words = f"c_dtm_loss, {which} {name}, V {V}, L {L}, {dtype}, w {w}, c {c}"
                     call = (*pair, x1, w, c)
-                    largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in pair)
+                    largest = max(size_of(t) for t in pair)
                     extreme = max(largest, w) >= 1e30 or math.isnan(c)
                     hold_finite(part, words, functools.partial(dtm.c_dtm_loss, *call), extreme)
 
