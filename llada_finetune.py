@@ -191,7 +191,6 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
         run.keep_best()
         while cfg.a_end - state.a > 1e-9 * cfg.a_end:
             if state.step == 0:  # a new phase: rollouts of its teacher, then its h
-                buffer.data = {}
                 run.fill_buffer(cfg.prompts)
                 state.h = choose_h(buffer, state.a, cfg)
             with run.progress_bar() as bar:
@@ -475,6 +474,7 @@ class State:
     best: float = -1.0  # share of validation rows solved ...
     best_phase: int = 0  # ... after this phase
     scored: bool = False  # whether the present teacher is
+    filled: int = -1  # the step before which the buffer was last filled
     ranks: int = 1
 
 
@@ -486,7 +486,7 @@ class Run:
         self.out = Path(cfg.out)
         self.valid = valid
         self.lock = None
-        self.saved = None  # total and scored of the last checkpoint
+        self.saved = None  # the state of the last checkpoint
         self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0}
         self.clock = time.perf_counter()
         folder = files.locate(cfg.model)
@@ -544,9 +544,16 @@ class Run:
         self.state.phase += 1
         self.state.step = 0
         self.state.scored = False
+        self.state.filled = -1
 
     def fill_buffer(self, count: int) -> None:
+        """Rollouts, unless SIGTERM came between them and the step that they are for."""
+        if self.state.filled == self.state.step:
+            return
+        if self.state.step == 0:
+            self.buffer.data = {}
         self.buffer.fill(count)
+        self.state.filled = self.state.step
         self.mark()
         self.lap("rollout")
 
@@ -583,7 +590,7 @@ class Run:
             self.adam.zero_grad()
             self.control.forget_step()
             self.set_random_states(self.marked)
-            if self.saved != (self.state.total, self.state.scored):
+            if self.saved != self.state:
                 self.save()
             self.say(f"SIGTERM: saved at step {self.state.total}; the same command goes on")
             sys.exit(143)
@@ -679,7 +686,7 @@ class Run:
                 if old < whole[-2:][0]:
                     shutil.rmtree(old)
             self.keep_best()
-        self.saved = (self.state.total, self.state.scored)
+        self.saved = replace(self.state)
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
 
     def keep_best(self) -> None:
@@ -711,7 +718,7 @@ class Run:
             self.buffer.data["x1"] = self.buffer.data["x1"].to(self.ranks.device)
         self.set_random_states(own)
         self.mark()
-        self.saved = (self.state.total, self.state.scored)
+        self.saved = replace(self.state)
         self.say(f"resumed {folder}: phase {self.state.phase}, step {self.state.step}")
 
 
@@ -989,6 +996,7 @@ class LLaDA(nn.Module):
         """One compilation serves all blocks; each kind of call (student, teacher, padded, the last
         block) has its own."""
         torch._dynamo.config.cache_size_limit = 64
+        Cache.renewed = torch.compiler.disable(Cache.renewed)  # it holds other tensors in each
         for block in self.model["transformer"]["blocks"]:
             block.compile(**how)
 

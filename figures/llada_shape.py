@@ -66,8 +66,8 @@ def count_parameters(cfg, config: dict) -> tuple[int, int]:
 
 
 def count_memory(cfg, config: dict, batch: int, recompute: bool, size: int = 2) -> dict[str, float]:
-    """GB on a device in a forward pass of `batch` answers, in numbers of `size` bytes. What passes
-    through while a block runs counts as much as what it keeps."""
+    """GB on a device in a forward pass of `batch` answers, in numbers of `size` bytes, to which the
+    student is copied. What passes through while a block runs counts as much as what it keeps."""
     d, n, V = config["d_model"], config["n_layers"], config["vocab_size"]
     total, trainable = count_parameters(cfg, config)
     tokens = batch * (cfg.prompt_length + cfg.gen_length)
@@ -75,7 +75,7 @@ def count_memory(cfg, config: dict, batch: int, recompute: bool, size: int = 2) 
     kept = block + tokens * size * d * n if recompute else block * n
     return {
         "base": size * total / 1e9,
-        "student, gradient, AdamW": 16 * trainable / 1e9,
+        "student, gradient, AdamW": (16 + (size if size < 4 else 0)) * trainable / 1e9,
         "teacher": size * trainable / 1e9,
         "average": (4 * trainable if cfg.ema else 0) / 1e9,
         "activations": (kept + block) / 1e9,
@@ -86,12 +86,14 @@ def count_memory(cfg, config: dict, batch: int, recompute: bool, size: int = 2) 
 def kept_a_token(cfg, config: dict, size: int, mask_size: int = 1) -> int:
     """Bytes that autograd keeps of a token in a block: norms their input in float32; attention q,
     k, v and its result; the MLP its gate before and after silu, and the other factor; an adapted
-    map its input and the mask of its dropout, in numbers of `mask_size` bytes (on a CPU: `size`).
-    """
+    map its input, what A makes of it, and the mask of its dropout, in numbers of `mask_size` bytes
+    (on a CPU: `size`); a norm and a head one number each in float32."""
     d, mlp = config["d_model"], config["mlp_hidden_size"]
     inputs = sum(map_shape(config, name)[1] for name in ADAPTED[cfg.lora])
     dropped = mask_size * inputs if cfg.dropout else 0
-    return 2 * 4 * d + size * (4 * d + 3 * mlp + inputs) + dropped
+    inner = cfg.rank * len(ADAPTED[cfg.lora])
+    numbers = 4 * d + 3 * mlp + inputs + inner
+    return 2 * 4 * d + size * numbers + dropped + 4 * (2 + config["n_heads"])
 
 
 SAFE = 0.85  # share of a device's memory that a run may count on; nothing of this ran on a GPU yet

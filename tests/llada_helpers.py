@@ -116,3 +116,99 @@ def refused(message: str, call, *given) -> None:
     with pytest.raises(ValueError, match=message) as error:
         call(*given)
     assert "\n" not in str(error.value)
+
+
+# ---- second derivations --------------------------------------------------------------------------
+def by_hand(config: dict, tensors: dict, ids, seen=None, kept=None, span=slice(None)):
+    """Logits (B, T, V), and (layers + 1, B, T, d): what enters each block, and the head.
+    Attention as sums over keys, positions as complex rotations. kept: keys and values of all
+    positions by layer, renewed in `span`, of which alone are the results."""
+    w = {}
+    for name, t in tensors.items():
+        w[name.removeprefix("model.transformer.").removesuffix(".weight")] = t.double()
+    heads = config["n_heads"]
+    half = config["d_model"] // heads // 2
+    seen = torch.ones_like(ids) if seen is None else seen
+    frequency = config["rope_theta"] ** (-torch.arange(half).double() / half)
+    angle = torch.arange(ids.shape[1]).double()[span, None, None] * frequency  # (T, 1, half)
+    ids = ids[:, span]
+
+    def norm(x, gain):
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x / (mean_square + config["rms_norm_eps"]).sqrt() * w[gain]
+
+    def split(x, name):
+        return (x @ w[name].T).view(*ids.shape, heads, 2 * half)
+
+    def turned(u):
+        z = torch.complex(u[..., :half], u[..., half:]) * torch.exp(1j * angle)
+        return torch.cat([z.real, z.imag], -1)
+
+    x = w["wte"][ids]
+    stream = []
+    for i in range(config["n_layers"]):
+        stream.append(x)
+        b = f"blocks.{i}."
+        u = norm(x, b + "attn_norm")
+        q = turned(split(u, b + "q_proj"))
+        k = turned(split(u, b + "k_proj"))
+        v = split(u, b + "v_proj")
+        if kept is not None:
+            for old, new in zip(kept.setdefault(i, (k, v)), (k, v), strict=True):
+                old[:, span] = new
+            k, v = kept[i]
+        score = torch.einsum("bqhd,bkhd->bhqk", q, k) / (2 * half) ** 0.5
+        weight = score.exp() * seen[:, None, None]
+        share = weight / weight.sum(-1, keepdim=True)
+        u = torch.einsum("bhqk,bkhd->bqhd", share, v)
+        x = x + u.reshape(x.shape) @ w[b + "attn_out"].T
+        u = norm(x, b + "ff_norm")
+        gate = u @ w[b + "ff_proj"].T
+        swish = gate / (1 + torch.exp(-gate))
+        x = x + (swish * (u @ w[b + "up_proj"].T)) @ w[b + "ff_out"].T
+    x = norm(x, "ln_f")
+    return x @ w["ff_out"].T, torch.stack([*stream, x])
+
+
+def commit(row, logits, places, count):
+    """Fills the `count` masks that are most confident of their best token, in place. The smallest
+    difference, of logits or of log confidences, by which a choice was made."""
+    found = []
+    gaps = []
+    for t in places:
+        if row[t] == MASK:
+            best, second = logits[t].topk(2).values.tolist()
+            gaps.append(best - second)
+            found.append((float(logits[t].log_softmax(-1).max()), t, int(logits[t].argmax())))
+    found.sort(reverse=True)
+    if count < len(found):
+        gaps.append(found[count - 1][0] - found[count][0])
+    for _, t, token in found[:count]:
+        row[t] = token
+    return min(gaps)
+
+
+def sample_by_hand(tensors, prompt, seen, steps, length=32, block=8, cache="off"):
+    """The canvas before each step, and the last; temperature 0, by confidence. A block's 8 tokens
+    are spread over its steps, the first steps taking one more: 2, 2, 2, 2 or 3, 3, 2. With a cache
+    a block's later steps renew keys and values from its begin on (prefix) or its own (dual)."""
+    seen = torch.cat([seen, torch.ones(len(prompt), length, dtype=torch.bool)], 1)
+    canvas = torch.cat([prompt, torch.full((len(prompt), length), MASK)], 1)
+    canvases = [canvas]
+    gaps = []
+    in_block = steps * block // length
+    for start in range(prompt.shape[1], canvas.shape[1], block):
+        spans = {"off": slice(None), "prefix": slice(start, None)}
+        later = spans.get(cache, slice(start, start + block))
+        kept = {}
+        for step in range(in_block):
+            span = later if step else slice(None)
+            logits = torch.zeros(*canvas.shape, CONFIG["vocab_size"]).double()
+            logits[:, span], _ = by_hand(CONFIG, tensors, canvas, seen, kept, span)
+            canvas = canvas.clone()
+            count = block // in_block + (step < block % in_block)
+            for row, row_logits in zip(canvas, logits, strict=True):
+                gaps.append(commit(row, row_logits, range(start, start + block), count))
+            canvases.append(canvas)
+    assert min(gaps) > 1e-4, "a choice so close that rounding may decide it"
+    return torch.stack(canvases)

@@ -60,11 +60,14 @@ TASKS.pop("uneven")  # known in `small_base` alone: other tests look at every ta
 
 
 def small_base(folder: Path):
-    """A base whose answers differ from prompt to prompt. Bit for bit means on the CPU."""
+    """A base whose answers differ from prompt to prompt; every third of them ends in its first
+    block. Bit for bit means on the CPU."""
     toy_llada.save_tokenizer(folder, SIZE)
     model = toy_llada.init_weights(llada.LLaDA(SIZE), Generator().manual_seed(0))
     for p in model.requires_grad_(False).parameters():
         p.mul_(2)
+    head = model.model["transformer"]["ff_out"].weight
+    head[[1, 20]] = head[[20, 1]]  # the end token is as likely as the blank was
     model.save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "uneven", Uneven())
@@ -123,6 +126,36 @@ def in_step(patch: pytest.MonkeyPatch, step: int, number: int) -> None:
     patch.setattr(llada.Run, "log_step", send_and_log)
 
 
+def in_evaluation(patch: pytest.MonkeyPatch, place: str, call: int, evaluation: int) -> list:
+    """Sends this process SIGTERM in the network evaluation of that number in that call of `place`,
+    both from 0. Returns a list that receives the network evaluations begun after it."""
+    owner = llada.Buffer if place == "answered" else llada
+    function, forward = getattr(owner, place), llada.LLaDA.forward
+    calls, inside, later = [], [], []
+
+    def noted_call(*given):
+        calls.append(place)
+        inside.append(0)
+        try:
+            return function(*given)
+        finally:
+            inside.clear()
+
+    def noted_forward(model, *given, **more):
+        if calls[-1:] == ["sent"]:
+            later.append(place)
+        if inside and len(calls) == call + 1 and inside[0] == evaluation:
+            calls.append("sent")
+            signal.raise_signal(signal.SIGTERM)
+        if inside:
+            inside[0] += 1
+        return forward(model, *given, **more)
+
+    patch.setattr(owner, place, noted_call)
+    patch.setattr(llada.LLaDA, "forward", noted_forward)
+    return later
+
+
 class Watched(llada.Run):
     """Remembers where student and teacher stood when a phase began, and what its steps did."""
 
@@ -171,7 +204,7 @@ def watch(patch: pytest.MonkeyPatch) -> None:
 
 
 FLAGS = """--task uneven --steps_per_h 8 --a_end 12 --h 9 --ess .4 --c learned --ema .8 --dropout .1
-    --refresh 4 --refresh_steps 3 --eval_rows 6""".split()
+    --refresh 4 --refresh_steps 3 --eval_rows 6 --batch 2 --accum 4""".split()
 
 
 def command(base, out) -> list[str]:

@@ -69,6 +69,12 @@ def test_a_refresh_renews_the_oldest_answers_every_refresh_steps(seen):
             assert len(new) == cfg.prompts * cfg.completions
 
 
+def test_a_phase_begins_with_rollouts_of_its_own(seen):
+    for before, after in pairwise(seen.phases[:-1]):
+        old, new = (step.passes[0].data for step in (before.steps[-1], after.steps[0]))
+        assert len(old["x1"]) == len(new["x1"]) and not torch.equal(old["row"], new["row"])
+
+
 def test_the_student_is_AdamWs_on_the_clipped_mean_gradient_of_a_steps_answers(seen):
     cfg = seen.cfg
     for phase in seen.phases:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import llada_helpers as tiny
 import pytest
 import torch
-from llada_helpers import close, refused, same
+from llada_helpers import by_hand, close, refused, same, sample_by_hand
 from torch import Generator
 
 import dtm
@@ -33,50 +33,6 @@ def model(folder):
 
 
 # ---- the forward pass ----------------------------------------------------------------------------
-def by_hand(config: dict, tensors: dict, ids, seen=None):
-    """Logits (B, T, V), and (layers + 1, B, T, d): what enters each block, and the head.
-    Attention as sums over keys, positions as complex rotations."""
-    w = {}
-    for name, t in tensors.items():
-        w[name.removeprefix("model.transformer.").removesuffix(".weight")] = t.double()
-    heads = config["n_heads"]
-    half = config["d_model"] // heads // 2
-    seen = torch.ones_like(ids) if seen is None else seen
-    frequency = config["rope_theta"] ** (-torch.arange(half).double() / half)
-    angle = torch.arange(ids.shape[1]).double()[:, None, None] * frequency  # (T, 1, half)
-
-    def norm(x, gain):
-        mean_square = x.pow(2).mean(-1, keepdim=True)
-        return x / (mean_square + config["rms_norm_eps"]).sqrt() * w[gain]
-
-    def split(x, name):
-        return (x @ w[name].T).view(*ids.shape, heads, 2 * half)
-
-    def turned(u):
-        z = torch.complex(u[..., :half], u[..., half:]) * torch.exp(1j * angle)
-        return torch.cat([z.real, z.imag], -1)
-
-    x = w["wte"][ids]
-    stream = []
-    for i in range(config["n_layers"]):
-        stream.append(x)
-        b = f"blocks.{i}."
-        u = norm(x, b + "attn_norm")
-        q = turned(split(u, b + "q_proj"))
-        k = turned(split(u, b + "k_proj"))
-        score = torch.einsum("bqhd,bkhd->bhqk", q, k) / (2 * half) ** 0.5
-        weight = score.exp() * seen[:, None, None]
-        share = weight / weight.sum(-1, keepdim=True)
-        u = torch.einsum("bhqk,bkhd->bqhd", share, split(u, b + "v_proj"))
-        x = x + u.reshape(x.shape) @ w[b + "attn_out"].T
-        u = norm(x, b + "ff_norm")
-        gate = u @ w[b + "ff_proj"].T
-        swish = gate / (1 + torch.exp(-gate))
-        x = x + (swish * (u @ w[b + "up_proj"].T)) @ w[b + "ff_out"].T
-    x = norm(x, "ln_f")
-    return x @ w["ff_out"].T, torch.stack([*stream, x])
-
-
 def test_logits_and_the_stream_are_those_by_hand(model):
     logits, stream = by_hand(tiny.CONFIG, model.state_dict(), tiny.IDS)
     entered = []
@@ -271,44 +227,6 @@ def test_only_sizes_differ_from_the_8b_model():
 
 
 # ---- the sampler ---------------------------------------------------------------------------------
-def commit(row, logits, places, count):
-    """Fills the `count` masks that are most confident of their best token, in place. The smallest
-    difference, of logits or of log confidences, by which a choice was made."""
-    found = []
-    gaps = []
-    for t in places:
-        if row[t] == tiny.MASK:
-            best, second = logits[t].topk(2).values.tolist()
-            gaps.append(best - second)
-            found.append((float(logits[t].log_softmax(-1).max()), t, int(logits[t].argmax())))
-    found.sort(reverse=True)
-    if count < len(found):
-        gaps.append(found[count - 1][0] - found[count][0])
-    for _, t, token in found[:count]:
-        row[t] = token
-    return min(gaps)
-
-
-def sample_by_hand(tensors, prompt, seen, steps, length=32, block=8):
-    """The canvas before each step, and the last; temperature 0, by confidence. A block's 8 tokens
-    are spread over its steps, the first steps taking one more: 2, 2, 2, 2 or 3, 3, 2."""
-    seen = torch.cat([seen, torch.ones(len(prompt), length, dtype=torch.bool)], 1)
-    canvas = torch.cat([prompt, torch.full((len(prompt), length), tiny.MASK)], 1)
-    canvases = [canvas]
-    gaps = []
-    in_block = steps * block // length
-    for start in range(prompt.shape[1], canvas.shape[1], block):
-        for step in range(in_block):
-            logits, _ = by_hand(tiny.CONFIG, tensors, canvas, seen)
-            canvas = canvas.clone()
-            count = block // in_block + (step < block % in_block)
-            for row, row_logits in zip(canvas, logits, strict=True):
-                gaps.append(commit(row, row_logits, range(start, start + block), count))
-            canvases.append(canvas)
-    assert min(gaps) > 1e-4, "a choice so close that rounding may decide it"
-    return torch.stack(canvases)
-
-
 def recorded(model):
     """The model as a function, and the canvases and masks that it is called with."""
     calls = []

@@ -17,6 +17,7 @@ from loop_helpers import (
     command,
     complaint,
     given,
+    in_evaluation,
     in_step,
     names,
     near,
@@ -280,6 +281,20 @@ def train(ranks, *where, **more) -> llada.Run:
     return run
 
 
+def uneven_step(run, student, ended: int) -> dict:
+    """A step on all of the buffer, `ended` answers of which end at once."""
+    run.buffer.data["x1"][:ended, 0] = 1
+    run.adam.zero_grad()
+    run.state.h, run.cfg.accum = 4.0, len(run.buffer.data["r"]) // 4
+    found = {"x1": run.buffer.data["x1"].clone(), "passes": len(llada.masked_answers(run))}
+    parameters = [*run.student.parameters()]
+    run.adam.register_step_pre_hook(
+        lambda *_: found.update(clipped=[p.grad.clone() for p in parameters])
+    )
+    llada.optimiser_step(run, student)
+    return found | {"stepped": [p.detach() for p in parameters]}
+
+
 def two_ranks(base: Path, out: Path) -> None:
     """What torchrun runs."""
     TASKS["uneven"] = loop_helpers.Uneven()
@@ -294,6 +309,12 @@ def two_ranks(base: Path, out: Path) -> None:
         train(ranks, base, out / "stopped", **more)
     found["saved"] = names(out / "stopped")
     train(ranks, base, out / "stopped", **more)
+    for place, call in (("evaluate", 0), ("answered", 1), ("optimiser_step", 1), ("evaluate", 0)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+            if ranks.rank == 1:
+                in_evaluation(patch, place, call, 1)
+            train(ranks, base, out / "evaluations", **more)
+    train(ranks, base, out / "evaluations", **more)
     train(ranks, base, out / "blind", eval_rows=0, steps_per_h=1, a_end=4.0)
     run = tuned(base, out, ranks, c="0.7", normalize="batch", checkpointing="on")
     run.buffer.fill(16)
@@ -303,8 +324,12 @@ def two_ranks(base: Path, out: Path) -> None:
     w = run.buffer.weights(4.0).float()
     loss, found["sums"] = llada.loss_sum(run, student, [*range(16)], xt, mask, w)
     (loss / 16).backward()
-    found |= {"gradient": [p.grad for p in run.student.parameters()], "data": run.buffer.data}
+    found["gradient"] = [p.grad.clone() for p in run.student.parameters()]
+    found["data"] = {key: t.clone() for key, t in run.buffer.data.items()}
     found["scores"] = llada.evaluate(run, TASKS["uneven"].rows("test"), 16, out / "eval.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llada, "mask_blockwise", steady)
+        found |= uneven_step(run, student, [0, 12][ranks.rank])
     torch.save(found, out / f"{ranks.rank}.pt")
 
 
@@ -330,6 +355,7 @@ def test_SIGTERM_at_one_rank_stops_all_and_they_go_on_bit_for_bit(ranks):
     out, one, two = ranks
     assert one["saved"] == two["saved"] == ["step-0000004", "step-0000006"]
     check_same(out / "stopped", out / "whole")
+    check_same(out / "evaluations", out / "whole")
 
 
 def test_without_validation_rows_the_best_is_the_last_phase(ranks, base):
@@ -353,6 +379,20 @@ def test_two_ranks_step_and_score_as_one_process(ranks, base, tmp_path):
     scores = llada.evaluate(run, TASKS["uneven"].rows("test"), 16, tmp_path / "eval.jsonl")
     assert (one["scores"], two["scores"]) == (scores, None)
     assert read_lines(out / "eval.jsonl") == read_lines(tmp_path / "eval.jsonl")
+
+
+def test_two_ranks_with_different_numbers_of_passes_step_as_one_process(
+    ranks, base, tmp_path, monkeypatch
+):
+    _, one, two = ranks
+    assert one["passes"] == 4 > two["passes"]
+    assert_close(one["stepped"], two["stepped"], atol=0, rtol=0)
+    monkeypatch.setattr(llada, "mask_blockwise", steady)
+    run = tuned(base, tmp_path, prompts=32, c="0.7", normalize="batch")
+    run.buffer.data = {key: torch.cat([t, two["data"][key]]) for key, t in one["data"].items()}
+    run.buffer.data["x1"] = torch.cat([one["x1"], two["x1"]])
+    found = uneven_step(run, run.model, 0)
+    near(one["clipped"], found["clipped"])
 
 
 if __name__ == "__main__":
