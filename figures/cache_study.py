@@ -3,10 +3,10 @@
     python -m figures.cache_study --prompts 768 --batch 128     three seeds, 25 minutes on 2 cores
 
 Fifteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
-learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of a seed share their
-base; flags that are not named here are the runs'. Every run is scored by exact decoding; the best
-adapters of exact runs also by each cache. Runs
-are kept in --runs, and the same command goes on with those that were stopped.
+learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of
+a seed share their base; flags that are not named here are the runs'. Every run is scored by exact
+decoding; the best adapters of exact runs also by each cache. Runs are kept in --runs, and the same
+command goes on with those that were stopped.
 """
 
 import argparse
