@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from loop_helpers import given, in_step, near, records, small_base
+from loop_helpers import given, in_evaluation, in_step, near, records, small_base
 from torch.testing import assert_close
 
 import llada_finetune as llada
@@ -93,18 +93,41 @@ def test_a_step_descends_the_weighted_cross_entropy_of_the_whole_buffer(base, tm
     near(torch.tensor(records(tmp_path)[-1]["loss"]), loss.detach().float())
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path):
-    whole, stopped = (dmpo_run(base, tmp_path / name) for name in ("whole", "stopped"))
-    dmpo.tune(whole)
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    """A run of two rounds that never stopped."""
+    run = dmpo_run(base, tmp_path_factory.mktemp("whole"))
+    dmpo.tune(run)
+    assert any(p.any() for p in run.student.B.values()) and run.state.total == 16
+    return run
+
+
+STOPS = [
+    pytest.param(None, 3, 100, 1, id="step 3"),
+    pytest.param("evaluate", 0, 100, 0, id="scores at first"),
+    pytest.param("answered", 0, 100, 0, id="rollouts of the first round"),
+    pytest.param("answered", 1, 100, 1, id="rollouts of the second round"),
+    pytest.param("evaluate", 1, 1, 1, id="scores after a round"),
+]
+
+
+@pytest.mark.parametrize("place, call, save_every, phase", STOPS)
+def test_a_stopped_run_goes_on_bit_for_bit(base, tmp_path, whole, place, call, save_every, phase):
+    stopped = dmpo_run(base, tmp_path, save_every=save_every)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        in_step(patch, 3, signal.SIGTERM)
+        if place:
+            later = in_evaluation(patch, place, call, 2)
+        else:
+            in_step(patch, call, signal.SIGTERM)
         dmpo.tune(stopped)
-    assert stopped.state.phase == 1
-    again = dmpo_run(base, tmp_path / "stopped")
+    assert stopped.state.phase == phase and (place is None or later == [])
+    again = dmpo_run(base, tmp_path)
     dmpo.tune(again)
-    assert records(tmp_path / "whole") == records(tmp_path / "stopped")
+    steps = [[e for e in records(run.out) if e["kind"] == "step"] for run in (again, whole)]
+    assert steps[0] == steps[1] and records(tmp_path)[-1] == records(whole.out)[-1]
+    if save_every == 1:
+        assert records(tmp_path) == records(whole.out)
     assert_close(again.student.state_dict(), whole.student.state_dict(), atol=0, rtol=0)
-    assert any(p.any() for p in whole.student.B.values()) and whole.state.total == 16
 
 
 def test_the_answers_must_split_over_the_ranks(base, tmp_path):
