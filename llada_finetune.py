@@ -682,8 +682,9 @@ class Run:
             half.replace(self.out / name)
             found = files.checkpoints(self.out)
             whole = [path for path in found if (path / files.MANIFEST).is_file()]
-            for old in whole[:-2]:
-                shutil.rmtree(old)
+            for old in found:  # without a manifest: its removal was killed
+                if old < whole[-2:][0]:
+                    shutil.rmtree(old)
             self.keep_best()
         self.saved = replace(self.state)
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
@@ -750,6 +751,9 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     out = given.get("out") or make_config(**given).out
     file = Path(out, "config.json")
     saved = files.read_json(file) if file.exists() else None
+    begun = (file.parent / "metrics.jsonl").is_file() or files.checkpoints(file.parent)
+    lost = f"{file} is missing, although a run began there; restore it, or take another --out"
+    check(bool(saved or not begun), lost)
     cfg = saved_config(saved, given, file) if saved else make_config(**given)
     rows = task_rows(cfg, "train")
     files.locate(cfg.model)  # nothing is written for a model that is not there

@@ -2,10 +2,11 @@
 
     python -m figures.cache_study --prompts 768 --batch 128     three seeds, 25 minutes on 2 cores
 
-Eighteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
-learned or 0; blocks of 4, as with one block of 16 both caches are one. Runs of a seed share their
-base; flags that are not named here are the runs'. Every run is scored by exact decoding; the exact runs' best adapters also by each cache. Runs
-are kept in --runs, and the same command goes on with those that were stopped.
+Fifteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
+learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of
+a seed share their base; flags that are not named here are the runs'. Every run is scored by exact
+decoding; the best adapters of exact runs also by each cache. Runs are kept in --runs, and the same
+command goes on with those that were stopped.
 """
 
 import argparse
@@ -26,6 +27,13 @@ from figures import files
 
 CACHES = {"off": "exact", "prefix": "prefix kept", "dual": "both sides kept"}
 CONTROLS = {"learned": "learned c", "0": "c = 0"}
+KINDS = [
+    ("off", "learned"),
+    ("prefix", "learned"),
+    ("dual", "learned"),
+    ("off", "0"),
+    ("dual", "0"),
+]
 BLOCK = 4
 
 
@@ -39,10 +47,8 @@ def command_of(run: Path, seed: int, control: str, cache: str, more: list[str]) 
 def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
     """Each run in a process of its own with one thread; the bases first."""
     runs.mkdir(parents=True, exist_ok=True)
-    kinds = [(cache, control) for cache in CACHES for control in CONTROLS]
-    kinds.sort(key=lambda kind: kind != ("off", "learned"))
-    waves = [kinds[:1], kinds[1:]]
-    bar = tqdm(total=seeds * len(kinds), unit="run")
+    waves = [KINDS[:1], KINDS[1:]]
+    bar = tqdm(total=seeds * len(KINDS), unit="run")
 
     def finish(job: tuple[int, str, str]) -> dict:
         seed, cache, control = job

@@ -196,7 +196,12 @@ def read_log(out: Path) -> list[dict]:
     if not (out / "metrics.jsonl").is_file():
         return []
     with explained(f"{out / 'metrics.jsonl'} is damaged; mend or remove it", ValueError):
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+        lines = (out / "metrics.jsonl").read_text().split("\n")[:-1]
+        records = [json.loads(line) for line in lines]
+        for record in records:
+            good = isinstance(record, dict) and isinstance(record.get("total"), int)
+            check(good and "kind" in record, f"no record of a run: {str(record)[:40]}")
+        return records
 
 
 def lock_folder(out: Path) -> FileLock:

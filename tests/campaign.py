@@ -12,7 +12,6 @@ of RUN/best, and the log without its seconds.
 import argparse
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import platform
@@ -41,16 +40,12 @@ from tests import (
 )
 from tests.campaign_runs import ROOT, Part
 
+
 # ---- Numbers ---------------------------------------------------------------------------------
-OVERFLOW = "not finite, of extreme numbers"
-
-
-def hold_finite(part: Part, name: str, call: Callable[[], object], extreme: bool) -> None:
-    """A finite result, or a ValueError of one sentence. What is extreme (logits that are not finite
-    themselves, weights of 1e30, h of 1e308) may overflow, as the loop refuses such a loss; counted.
-    """
+def hold_finite(part: Part, name: str, call: Callable[[], object]) -> None:
+    """A finite result, or a ValueError of one sentence."""
     try:
-        result = torch.as_tensor(call())
+        result = torch.as_tensor(call(), dtype=torch.float64)
     except ValueError as error:
         said = str(error)
         part.hold(0 < len(said) < 300 and "\n" not in said, f"{name}: says {said!r:.200}")
@@ -58,9 +53,7 @@ def hold_finite(part: Part, name: str, call: Callable[[], object], extreme: bool
         part.hold(False, f"{name}: {error!r:.200}")
     else:
         finite = bool(result.isfinite().all())
-        part.hold(finite or extreme, f"{name}: {result.flatten()[:4].tolist()}")
-        if not finite and extreme:
-            part.notes[OVERFLOW] = part.notes.get(OVERFLOW, 0) + 1
+        part.hold(finite, f"{name}: {result.flatten()[:4].tolist()}")
 
 
 def reward_cases() -> Iterator[tuple[str, torch.Tensor]]:
@@ -80,10 +73,10 @@ def weights_and_steps(part: Part) -> None:
         for h, normalize in itertools.product((0.0, 1.0, -1.0, 700.0, 1e308), (False, True)):
             words = f"tilt_weight, {name}, {dtype}, h {h}, normalize {normalize}"
             call = (r, h, normalize, group[: len(r)] if normalize and len(r) % 2 else None)
-            hold_finite(part, words, functools.partial(dtm.tilt_weight, *call), False)
+            hold_finite(part, words, functools.partial(dtm.tilt_weight, *call))
         for ess, h in itertools.product((0.0, 1e-9, 0.5, 1.0), (0.0, 1.0, 700.0, 1e308)):
             words = f"next_h, {name}, {dtype}, ess {ess}, h_max {h}"
-            hold_finite(part, words, functools.partial(dtm.next_h, r, ess, h), h > 1e30)
+            hold_finite(part, words, functools.partial(dtm.next_h, r, ess, h))
 
 
 def logit_cases(V: int, L: int, noise: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,19 +107,17 @@ def numbers(part: Part, draw: random.Random, size: float) -> None:
                 for which, *pair in both:
                     words = f"c_dtm_loss, {which} {name}, V {V}, L {L}, {dtype}, w {w}, c {c}"
                     call = (*pair, x1, w, c)
-                    largest = max(float(t.abs().max().nan_to_num(torch.inf)) for t in pair)
-                    extreme = max(largest, w) >= 1e30 or math.isnan(c)
-                    hold_finite(part, words, functools.partial(dtm.c_dtm_loss, *call), extreme)
+                    hold_finite(part, words, functools.partial(dtm.c_dtm_loss, *call))
 
 
 # ---- The campaign -------------------------------------------------------------------------------
 # What is tried at full size, and seconds of it on 2 cores that do nothing else: for the bar alone.
 EXPECTED = {
     "answers": (886_000, 1700),
-    "numbers": (10_500, 60),
-    "kills": (430, 900),
-    "damage": (150, 200),
-    "ranks": (44, 300),
+    "numbers": (8_600, 60),
+    "kills": (520, 900),
+    "damage": (125, 200),
+    "ranks": (44, 200),
     "soak": (6, 0),
 }
 # Lanes run beside each other, a lane's parts one after the other. The last ones give way.
@@ -206,7 +197,9 @@ def results(lanes: list[tuple], given: argparse.Namespace, base: Path) -> Iterat
     expected = {name for _, names in lanes for name in names}
     workers = {}
     for lane in lanes:
-        worker = multiprocessing.Process(target=run_lane, args=(lane, given, base, queue))
+        worker = multiprocessing.Process(
+            target=run_lane, args=(lane, given, base, queue), daemon=True
+        )
         worker.start()
         workers |= dict.fromkeys(lane[1], worker)
     while expected:
