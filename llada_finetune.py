@@ -455,10 +455,7 @@ class ControlVariate:
         """After a step, so that c never depends on the batch it serves; alike on all ranks."""
         if self.fitted:
             self.past = 0.95 * self.past + ranks.gather(self.new[None]).sum(0)
-            self.forget_step()
-
-    def forget_step(self) -> None:
-        self.new = torch.zeros_like(self.past)
+            self.new = torch.zeros_like(self.past)
 
 
 # ---- 5. A run and its checkpoints ---------------------------------------------------------------
@@ -587,8 +584,6 @@ class Run:
         try:
             yield
         except Stopped:
-            self.adam.zero_grad()
-            self.control.forget_step()
             self.set_random_states(self.marked)
             if self.saved != self.state:
                 self.save()
