@@ -505,6 +505,8 @@ class Run:
         self.mark()
         dtype = str(ranks.dtype).removeprefix("torch.")
         self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
+        if cfg.cache != "off":
+            self.say(f"--cache {cfg.cache}: answers are no draws from the model, as (D2) asks for")
 
     def new_adapter(self) -> "LoRA":
         cfg = self.cfg
@@ -758,8 +760,6 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     run.choose_pass(saved["passes"] if saved and "checkpointing" not in given else None)
     count = sum(p.numel() for p in run.student.parameters())
     run.say(f"LoRA on {', '.join(run.student.maps)}: {count:,} trainable parameters")
-    if cfg.cache != "off":
-        run.say(f"--cache {cfg.cache}: its answers are no draws from the model, as (D2) asks for")
     if ranks.rank == 0:  # scores alone do without reading the whole base once more
         run.inputs["base"] = files.fingerprint(files.locate(cfg.model))
     ranks.wait()  # every rank has looked for the file
@@ -1375,7 +1375,8 @@ def make_parser() -> argparse.ArgumentParser:
     scores.add_argument("--adapter", type=Path, help="PEFT folder, such as RUN/best (none: base)")
     lengths = "answer lengths, tokens (the run's, and twice that)"
     scores.add_argument("--lengths", type=int, nargs="+", metavar="L", help=lengths)
-    add_settings(scores, only=("task", "model", "out", "test_data", "chunk", "block", "steps"))
+    flags = ("task", "model", "out", "test_data", "chunk", "block", "steps", "cache")
+    add_settings(scores, only=flags)
     whole = add_action("merge", "write a base model with an adapter merged in, as a checkpoint")
     whole.add_argument("folder", type=Path, metavar="OUT", help="new folder")
     whole.add_argument("--adapter", type=Path, required=True, help="PEFT folder, as RUN/best")
@@ -1434,7 +1435,7 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
             table[length] = scores
             run.say(f"{cfg.task}, {length} tokens: {show(scores)}")
             name = str(adapter) if adapter else None
-            found = {"model": cfg.model, "adapter": name, "lengths": table}
+            found = {"model": cfg.model, "adapter": name, "cache": cfg.cache, "lengths": table}
             files.write(run.out / "eval.json", found)
 
 

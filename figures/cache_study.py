@@ -4,8 +4,9 @@
 
 Fifteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
 learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of
-a seed share their base; flags that are not named here are the runs'. Every run is scored by exact
-decoding; the best adapters of exact runs also by each cache. Runs are kept in --runs, and the same
+a seed share their base; flags that are not named here are the runs'. Validation
+rows are decoded as the run is; every best adapter is then scored by exact decoding, those of exact
+runs also by each cache. Runs are kept in --runs, and the same
 command goes on with those that were stopped.
 """
 
@@ -73,7 +74,7 @@ def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
 
 
 def read_run(run: Path) -> dict:
-    """Of the phase that the validation rows chose, on test rows; and of the whole run."""
+    """Of the phase that the validation rows chose, on test rows decoded as the run is; and of all."""
     test = files.read_json(run / "result.json")["test"]
     log = files.read_log(run)
     scores = [record["solved"] for record in log if record.get("split") == "test"]
@@ -88,13 +89,13 @@ def read_run(run: Path) -> dict:
     }
 
 
-def score_by_cache(run: Path) -> dict[str, float]:
-    """Share of test rows that the run's best adapter solves, decoded in each way."""
+def score_by_cache(run: Path, caches: list[str]) -> dict[str, float]:
+    """Share of test rows that the run's best adapter solves, decoded in each of these ways."""
     settings = files.read_json(run / "config.json")
     given = {name: settings[name] for name in ("task", "model", "block", "seed")}
     rows = llada.TASKS["toy"].rows("test")
     found = {}
-    for cache in CACHES:
+    for cache in caches:
         cfg = llada.make_config(**given, out=str(run), cache=cache)
         judge = llada.Run(replace(cfg, eval_rows=0), llada.Ranks(), rows, [])
         lora = llada.LoRA.load(run / "best", judge.model.config)
@@ -115,9 +116,10 @@ def draw(result: dict, path: Path) -> Path:
             runs = [r for r in result["rows"] if (r["cache"], r["control"]) == (cache, control)]
             label = name if place == 0 else None
             x = [place + 0.2 * shift - 0.1] * len(runs)
-            end.plot(x, [r["solved"] for r in runs], "o", ms=5, color=colour, label=label)
+            end.plot(x, [r["by_cache"]["off"] for r in runs], "o", ms=5, color=colour, label=label)
     for place, cache in enumerate(CACHES):
-        shares = [row["by_cache"][cache] for row in result["rows"] if "by_cache" in row]
+        exact = [row["by_cache"] for row in result["rows"] if len(row["by_cache"]) == len(CACHES)]
+        shares = [by_cache[cache] for by_cache in exact]
         scored.plot([place] * len(shares), shares, "o", ms=5, color=lab.COLOURS[4])
     names = list(CACHES.values())
     end.set(ylabel="test puzzles solved", xlabel="rollouts of the run", xticks=range(3))
@@ -145,8 +147,9 @@ def main(argv: list[str] | None = None) -> None:
     clock = time.perf_counter()
     rows = run_all(args.runs, args.seeds, args.jobs, more)
     for row in rows:
-        if (row["cache"], row["control"]) == ("off", "learned"):
-            row["by_cache"] = score_by_cache(args.runs / f"off-learned-{row['seed']}")
+        exact = (row["cache"], row["control"]) == ("off", "learned")
+        run = args.runs / f"{row['cache']}-{row['control']}-{row['seed']}"
+        row["by_cache"] = score_by_cache(run, [*CACHES] if exact else ["off"])
     command = " ".join(["python -m figures.cache_study", *sys.argv[1:]])
     result = {"command": command, "minutes": (time.perf_counter() - clock) / 60, "block": BLOCK}
     result["rows"] = rows
