@@ -4,10 +4,9 @@
 
 Fifteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
 learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of
-a seed share their base; flags that are not named here are the runs'. Validation
-rows are decoded as the run is; every best adapter is then scored by exact decoding, those of exact
-runs also by each cache. Runs are kept in --runs, and the same
-command goes on with those that were stopped.
+a seed share their base; flags that are not named here are the runs'. Validation rows are decoded as
+the run is; then every best adapter is scored by exact decoding, those of exact runs by each cache.
+Runs are kept in --runs, and the same command goes on with those that were stopped.
 """
 
 import argparse
@@ -74,7 +73,7 @@ def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
 
 
 def read_run(run: Path) -> dict:
-    """Of the phase that the validation rows chose, on test rows decoded as the run is; and of all."""
+    """Of the phase that the validation rows chose, its test rows decoded as the run is; and of all."""
     test = files.read_json(run / "result.json")["test"]
     log = files.read_log(run)
     scores = [record["solved"] for record in log if record.get("split") == "test"]
