@@ -73,7 +73,7 @@ def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
 
 
 def read_run(run: Path) -> dict:
-    """Of the phase that the validation rows chose, its test rows decoded as the run is; and of all."""
+    """Of the phase that validation rows chose, its test rows decoded as the run is; and of all."""
     test = files.read_json(run / "result.json")["test"]
     log = files.read_log(run)
     scores = [record["solved"] for record in log if record.get("split") == "test"]
