@@ -23,7 +23,7 @@ from tqdm import tqdm
 import llada_finetune as llada
 import maze_lab as lab
 from dtm import check
-from figures import files
+from figures import files, toy_llada
 
 CACHES = {"off": "exact", "prefix": "prefix kept", "dual": "both sides kept"}
 CONTROLS = {"learned": "learned c", "0": "c = 0"}
@@ -92,7 +92,7 @@ def score_by_cache(run: Path, caches: list[str]) -> dict[str, float]:
     """Share of test rows that the run's best adapter solves, decoded in each of these ways."""
     settings = files.read_json(run / "config.json")
     given = {name: settings[name] for name in ("task", "model", "block", "seed")}
-    rows = llada.TASKS["toy"].rows("test")
+    rows = toy_llada.Toy().rows("test")
     found = {}
     for cache in caches:
         cfg = llada.make_config(**given, out=str(run), cache=cache)
