@@ -149,7 +149,8 @@ UNIT_NAMES += " pound=lb ounce=oz foot=ft feet=ft inche=in inch=in mile=mi minut
 UNIT_NAMES += " second=s sec=s square=2 squared=2 sq=2 cubic=3 cubed=3 per=/"
 UNIT_NAMES = dict(pair.split("=") for pair in UNIT_NAMES.split())
 # These change the number before them.
-SCALE = {*"dozen hundred thousand million billion half times plus minus over not factorial".split()}
+SCALES = "dozen hundred thousand million billion half times plus minus over not factorial"
+SCALES = {*SCALES.split()}
 
 
 def tidy(text: str) -> str:
@@ -195,8 +196,10 @@ def both_signs(items: list[str]) -> list[str]:
     """A list of answers in which a \\pm b stands for two."""
     signed = []
     for item in items:
-        signs = "+-" if item.count(r"\pm") == 1 else [r"\pm"]
-        signed += [item.replace(r"\pm", sign) for sign in signs]
+        if item.count(r"\pm") == 1:
+            signed += [item.replace(r"\pm", "+"), item.replace(r"\pm", "-")]
+        else:
+            signed.append(item)
     return signed
 
 
@@ -281,7 +284,7 @@ def split_unit(text: str) -> tuple[str, set[str]]:
     for word in re.findall(r"[a-z]+|[23/]", found[2].replace(r"\text", "").lower()):
         word = word.removesuffix("s") if len(word) > 3 else word
         words.add(UNIT_NAMES.get(word, word))
-    if words & SCALE or not words - {"2", "3", "/"}:
+    if words & SCALES or not words - {"2", "3", "/"}:
         return text, set()
     return found[1], words
 
@@ -332,8 +335,10 @@ def same_expression(gold: str, got: str) -> bool:
 
 
 # ---- the algebra, in a process of its own --------------------------------------------------------
-CPU_SECONDS, WALL_SECONDS = 0.25, 60
-MEMORY = 50 * 2**20
+# Of a question. A right answer of LLaDA's took .021 s of processor time at most.
+CPU_SECONDS = 0.25
+WALL_SECONDS = 60
+MEMORY = 50 * 2**20  # bytes above what the worker holds
 EQUALS = {  # the first of a form takes ten times as long as a later one
     "x^2+3x+2": "(x+1)(x+2)",
     r"\frac{\sqrt{2}}{2}": "0.707106781187",
@@ -402,14 +407,19 @@ def relations_agree(gold: str, got: str) -> bool:
     return len(signs) == 1 and not ratio.free_symbols and bool(fits)
 
 
-def algebra_agrees(gold: str, got: str) -> bool:
-    """Runs in the worker. What its algebra cannot read, or not in time, is not the same."""
+def limit_memory() -> None:
+    """To MEMORY more than now, where the system knows such a limit."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, most))
+
+
+def algebra_agrees(gold: str, got: str) -> bool:
+    """Runs in the worker. What its algebra cannot read, or not in time, is not the same."""
+    limit_memory()
     # The alarm is a KeyboardInterrupt: sympy catches every Exception in many places.
     signal.signal(signal.SIGVTALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS, 0.5)
@@ -447,7 +457,8 @@ class Algebra:
     """
 
     def __init__(self):
-        self.pool = self.pid = None
+        self.pool = None
+        self.pid = None
         self.lock = threading.Lock()
 
     def same(self, gold: str, got: str) -> bool:
@@ -493,7 +504,8 @@ class Algebra:
         if self.pid is not None:
             with contextlib.suppress(OSError):
                 os.kill(self.pid, signal.SIGKILL)
-        self.pool = self.pid = None
+        self.pool = None
+        self.pid = None
 
 
 ALGEBRA = Algebra()
