@@ -1,6 +1,6 @@
 """What decoding with kept keys and values (`--cache`) does to a whole run of the small LLaDA.
 
-    python -m figures.cache_study --prompts 768 --batch 128     three seeds, 25 minutes on 2 cores
+    python -m figures.cache_study --prompts 768 --batch 128     half an hour and more, 2 cores
 
 Fifteen runs of `figures.toy_llada`: rollouts exact, with the prefix kept, with both sides kept; c
 learned, or 0 (exact, both sides); blocks of 4, as with one block of 16 both caches are one. Runs of
@@ -13,7 +13,6 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -54,14 +53,12 @@ def run_all(runs: Path, seeds: int, jobs: int, more: list[str]) -> list[dict]:
         seed, cache, control = job
         run = runs / f"{cache}-{control}-{seed}"
         words = command_of(run, seed, control, cache, more)
-        clock = time.perf_counter()
         with open(runs / f"{run.name}.log", "w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(words, env=environment, stdout=log, stderr=log)
         check(done.returncode == 0, f"{run} failed; see {runs / run.name}.log")
         bar.update()
-        row = {"cache": cache, "control": control, "seed": seed}
-        return row | {"wall_seconds": time.perf_counter() - clock} | read_run(run)
+        return {"cache": cache, "control": control, "seed": seed} | read_run(run)
 
     rows = []
     for wave in waves:
@@ -77,15 +74,7 @@ def read_run(run: Path) -> dict:
     test = files.read_json(run / "result.json")["test"]
     log = files.read_log(run)
     scores = [record["solved"] for record in log if record.get("split") == "test"]
-    steps = [record for record in log if record["kind"] == "step"]
-    return {
-        "solved": test["solved"],
-        "phase": test["phase"],
-        "last": scores[-1],
-        "by_phase": scores,
-        "rollout_seconds": steps[-1]["seconds"]["rollout"],
-        "train_seconds": steps[-1]["seconds"]["train"],
-    }
+    return {"solved": test["solved"], "phase": test["phase"], "by_phase": scores}
 
 
 def score_by_cache(run: Path, caches: list[str]) -> dict[str, float]:
@@ -93,13 +82,12 @@ def score_by_cache(run: Path, caches: list[str]) -> dict[str, float]:
     settings = files.read_json(run / "config.json")
     given = {name: settings[name] for name in ("task", "model", "block", "seed")}
     rows = toy_llada.Toy().rows("test")
+    judge = llada.Run(llada.make_config(**given, out=str(run)), llada.Ranks(), rows, [])
+    judge.model.adapters["teacher"] = llada.LoRA.load(run / "best", judge.model.config)
     found = {}
     for cache in caches:
-        cfg = llada.make_config(**given, out=str(run), cache=cache)
-        judge = llada.Run(replace(cfg, eval_rows=0), llada.Ranks(), rows, [])
-        lora = llada.LoRA.load(run / "best", judge.model.config)
-        judge.model.adapters["teacher"] = lora
-        found[cache] = llada.evaluate(judge, rows, cfg.gen_length)["solved"]
+        judge.cfg = replace(judge.cfg, cache=cache)
+        found[cache] = llada.evaluate(judge, rows, judge.cfg.gen_length)["solved"]
     return found
 
 
