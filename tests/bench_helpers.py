@@ -5,11 +5,13 @@ The shape is Sudoku's, scaled: 8 layers of width 256, prompts of 283 tokens, ans
 of 8, LoRA of rank 16 on all seven maps. Its V keeps the head's share of the 8B model's work.
 """
 
+import argparse
 import contextlib
 import importlib.util
-import json
+import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 import llada_finetune as llada
 from dtm import check
-from figures import files, llada_cost, toy_llada
+from figures import llada_cost, toy_llada
 
 SIZE = toy_llada.SIZE | {"d_model": 256, "n_layers": 8, "mlp_hidden_size": 768, "vocab_size": 8192}
 SIZE |= {"mask_token_id": 8191}
@@ -103,6 +105,32 @@ def floor_of_step(cfg: llada.Config, recompute: bool, filled: float, rate: float
     return counted * 1e18 / cfg.steps_per_h / rate
 
 
+# ---- The command --------------------------------------------------------------------------------
+def make_parser(about: str, file: str) -> argparse.ArgumentParser:
+    """The flags that benchmarks of LLaDA share."""
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False)
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    earlier = "checkout of another revision, timed as well"
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help=earlier)
+    place = f"folder of {file} (default figures)"
+    parser.add_argument("--out", type=Path, default=Path("figures"), help=place)
+    return parser
+
+
+def prepare(args: argparse.Namespace) -> None:
+    check(args.rounds > 1 and args.threads > 0, "--rounds must be 2 or more, --threads positive")
+    torch.set_num_threads(args.threads)
+
+
+def about(**more) -> dict:
+    """Command and machine, for a result's JSON."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    words = {"command": " ".join([f"python -m tests.{Path(sys.argv[0]).stem}", *sys.argv[1:]])}
+    words |= {"machine": f"{platform.platform()}, {os.cpu_count()} cores, GPU {gpu}"}
+    return words | {"torch": torch.__version__, "threads": torch.get_num_threads()} | more
+
+
 # ---- Variants in turn ---------------------------------------------------------------------------
 def seconds_in_turn(variants: dict[str, Callable], rounds: int, cuda: bool) -> dict[str, list]:
     """Seconds of each variant, one after the other, `rounds` times after one that warms up."""
@@ -131,12 +159,3 @@ def report(found: dict[str, list], baseline: str, floors: dict[str, float]) -> l
         share = f"{floors[name] / row['seconds']:.2f} of it counted" if name in floors else ""
         print(f"{row['seconds']:8.3f} s  {middle:6.2f} [{low:.2f}, {high:.2f}]  {name}  {share}")
     return rows
-
-
-def write_result(path: Path, command: str, rows: list[dict], **more) -> None:
-    cuda = torch.cuda.is_available()
-    machine = torch.cuda.get_device_name() if cuda else platform.processor() or "cpu"
-    record = {"command": command, "device": machine, "torch": torch.__version__}
-    record |= {"threads": torch.get_num_threads()} | more | {"rows": rows}
-    files.write(path, json.dumps(record, indent=1) + "\n")
-    print("wrote", path)

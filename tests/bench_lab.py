@@ -14,9 +14,6 @@ judge      exact laws and metrics                schedule   of h; rest: batches,
 """
 
 import argparse
-import os
-import platform
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,6 +23,7 @@ import torch
 
 import dtm
 import maze_lab as lab
+from tests.bench_helpers import about
 
 PARTS = {  # what is timed, by class or module
     "base": [(lab, "train_base")],
@@ -82,14 +80,6 @@ class Clock:
         return result, {part: self.seconds[part] for part in (*PARTS, "rest")}
 
 
-def about(args: argparse.Namespace) -> dict:
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    words = {"command": " ".join([f"python -m tests.{Path(sys.argv[0]).stem}", *sys.argv[1:]])}
-    words |= {"machine": f"{platform.platform()}, {os.cpu_count()} cores, GPU {gpu}"}
-    words |= {"torch": torch.__version__, "threads": torch.get_num_threads(), "seed": args.seed}
-    return words
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="its quick settings (default off)")
@@ -112,7 +102,7 @@ def main() -> None:
         print(f"{part:10}{total[part]:9.2f} s {share:7.3f}")
     print(f"{'whole':10}{whole:9.2f} s   1.000")
     result = {"seconds": whole, "shares": shares, "seconds_by_run": runs}
-    lab.save_result(args.out / "bench_lab.json", about(args) | result)
+    lab.save_result(args.out / "bench_lab.json", about(seed=args.seed, **result))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,6 @@ import functools
 import itertools
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from torch import Generator, Tensor
 
 from dtm import c_dtm_loss
 from maze_lab import save_result
-from tests.bench_lab import about
+from tests.bench_helpers import about, seconds_in_turn
 
 CASES = {  # M, positions of the release, V
     "LLaDA, M = 16": (16, 16, 126_464),
@@ -78,14 +77,6 @@ def check_agreement(name: str, sides: list[Side]) -> None:
         sys.exit(f"{name}: the two differ, {loss:.7g} and {their_loss:.7g}, gradients by {gap:.0e}")
 
 
-def seconds(call: Callable[[], object], device: str) -> float:
-    began = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def memory(side: Side) -> tuple[int, int]:
     """Bytes kept for the backward pass, and at the peak, which CUDA alone knows."""
     kept = {}
@@ -106,18 +97,20 @@ def measure(case: str, dtype: torch.dtype, device: str, args: argparse.Namespace
     name = f"{case}, {str(dtype)[6:]}, {device}"
     sides = make_sides(case, dtype, device, args.seed)
     check_agreement(name, sides)
-    times = [[seconds(side, device) for side in sides] for _ in range(args.rounds)]  # A B A B ...
+    cuda = device == "cuda"
+    times = seconds_in_turn(dict(enumerate(sides)), args.rounds, cuda)
     M, _, V = CASES[case]
     block = torch.zeros(2**26, dtype=torch.uint8, device=device)  # larger than a cache
-    copy = statistics.median(seconds(block.clone, device) for _ in range(9))
-    speed = 2 * block.numel() / copy  # bytes a second, as they are read and written
+    [copies] = seconds_in_turn({"copy": block.clone}, 9, cuda).values()
+    speed = 2 * block.numel() / statistics.median(copies)  # bytes are read and written
+    ratios = [ours / theirs for ours, theirs in zip(*times.values(), strict=True)]
     return {
         "case": name,
-        "ratio": statistics.quantiles([a / b for a, b in times], n=4, method="inclusive"),
-        "seconds": [statistics.median(side) for side in zip(*times, strict=True)],
+        "ratio": statistics.quantiles(ratios, n=4, method="inclusive"),
+        "seconds": [statistics.median(side) for side in times.values()],
         "floor_seconds": 5 * M * V * dtype.itemsize / speed,
         "kept_and_peak_bytes": [*memory(sides[0]), *memory(sides[1])],
-        "rounds": times,
+        "rounds": [*zip(*times.values(), strict=True)],
     }
 
 
@@ -140,7 +133,7 @@ def main() -> None:
         numbers += [size / 2**20 for size in rows[-1]["kept_and_peak_bytes"]]
         text = "".join(f"{number:10.2f}" for number in numbers)
         print(f"{rows[-1]['case']:31}{middle:.3f} ({low:.3f} to {high:.3f}){text}", flush=True)
-    save_result(args.out / "bench_loss.json", about(args) | {"rows": rows})
+    save_result(args.out / "bench_loss.json", about(seed=args.seed, rows=rows))
 
 
 if __name__ == "__main__":

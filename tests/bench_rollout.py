@@ -12,7 +12,6 @@ model fill about half of their length. Floors count products at the rate of a la
 
 import argparse
 import math
-import sys
 import tempfile
 from dataclasses import replace
 from functools import partial
@@ -25,6 +24,7 @@ from torch import Generator, Tensor
 import llada_finetune as llada
 from dtm import check
 from figures import llada_cost
+from maze_lab import save_result
 from tests import bench_helpers as bench
 
 
@@ -64,23 +64,16 @@ def share_decoded(answers: Tensor, ends: list[int]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Rollouts, ours and others, in turn.")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
+    parser = bench.make_parser("Rollouts, ours and others, in turn.", "bench_rollout.json")
     parser.add_argument("--rows", type=int, default=8, help="answers at once (default 8)")
     parser.add_argument("--steps", type=int, default=32, help="evaluations an answer (default 32)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    earlier = "checkout of another revision, timed as well"
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help=earlier)
-    place = "folder of bench_rollout.json (default figures)"
-    parser.add_argument("--out", type=Path, default=Path("figures"), help=place)
     args = parser.parse_args(argv)
-    check(args.rounds > 1 and args.rows > 0, "--rounds must be 2 or more, --rows positive")
+    check(args.rows > 0, f"--rows {args.rows} must be positive")
     llada.check_lengths(bench.ANSWER, bench.BLOCK, args.steps)
-    torch.set_num_threads(args.threads)
+    bench.prepare(args)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    command = " ".join(["python -m tests.bench_rollout", *sys.argv[1:]])
-    bench.write_result(args.out / "bench_rollout.json", command, rows, steps=args.steps)
+    save_result(args.out / "bench_rollout.json", bench.about(steps=args.steps, rows=rows))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
@@ -106,17 +99,19 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
     whole, ended = call()[:, ids.shape[1] :], call(ends=ends)[:, ids.shape[1] :]
     reached = llada.reached(whole, cfg.block, torch.tensor(ends, device=ids.device))
     check(torch.equal(whole[reached], ended[reached]), "ended rows changed what stands before")
-    variants |= {"ours": call, "ours, ended": partial(call, ends=ends)}
-    variants |= {f"ours, cache {kind}": partial(call, cache=kind) for kind in ("prefix", "dual")}
-    found = bench.seconds_in_turn(variants, args.rounds, run.ranks.cuda)
     decoded = share_decoded(whole, ends)
     rate = llada_cost.matmul_rate(run.ranks, 1024)
     floors = {}
-    for name in variants:
-        if name.startswith("ours"):
-            cache = name.rpartition(" ")[2] if "cache" in name else "off"
-            filled = decoded if "ended" in name else 1.0
-            floors[name] = bench.floor_of_answers(replace(cfg, cache=cache), len(ids), filled, rate)
+    for name, cache, filled in (
+        ("ours", "off", 1.0),
+        ("ours, ended", "off", decoded),
+        ("ours, cache prefix", "prefix", 1.0),
+        ("ours, cache dual", "dual", 1.0),
+    ):
+        variants[name] = partial(call, cache=cache, ends=ends if filled < 1 else [])
+        counted = replace(cfg, cache=cache)
+        floors[name] = bench.floor_of_answers(counted, len(ids), filled, rate)
+    found = bench.seconds_in_turn(variants, args.rounds, run.ranks.cuda)
     rows = bench.report(found, "earlier revision" if args.against else "released", floors)
     print(f"blocks decoded where answers end: {decoded:.2f}; products: {rate / 1e9:.0f} GFLOP/s")
     return rows + [{"decoded": decoded, "matmul_gflops": rate / 1e9}]

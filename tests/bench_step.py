@@ -11,7 +11,6 @@ tensor over the vocabulary. Theirs has a 4-bit base and bfloat16; here all is fl
 """
 
 import argparse
-import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import llada_finetune as llada
-from dtm import check, mask_blockwise
+from dtm import mask_blockwise
 from figures import llada_cost
+from maze_lab import save_result
 from tests import bench_helpers as bench
 
 
@@ -70,20 +70,12 @@ def fill_at_random(run, share: float = 1.0) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Optimiser steps, ours and others, in turn.")
-    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (default 7)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    earlier = "checkout of another revision, timed as well"
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help=earlier)
-    place = "folder of bench_step.json (default figures)"
-    parser.add_argument("--out", type=Path, default=Path("figures"), help=place)
+    parser = bench.make_parser("Optimiser steps, ours and others, in turn.", "bench_step.json")
     args = parser.parse_args(argv)
-    check(args.rounds > 1, "--rounds must be 2 or more")
-    torch.set_num_threads(args.threads)
+    bench.prepare(args)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(args, Path(folder))
-    command = " ".join(["python -m tests.bench_step", *sys.argv[1:]])
-    bench.write_result(args.out / "bench_step.json", command, rows)
+    save_result(args.out / "bench_step.json", bench.about(rows=rows))
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
@@ -95,21 +87,18 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict]:
         old = bench.make_run(module, folder)
         fill_at_random(old)
         variants["earlier revision"] = partial(module.optimiser_step, old, old.model)
-    for name, recompute, share in (
+    rate = llada_cost.matmul_rate(released.ranks, 1024)
+    floors = {}
+    for name, recompute, filled in (
         ("ours, recomputation", "on", 1.0),
         ("ours", "off", 1.0),
         ("ours, half", "off", 0.5),
     ):
         run = bench.make_run(llada, folder, checkpointing=recompute)
-        fill_at_random(run, share)
+        fill_at_random(run, filled)
         variants[name] = partial(llada.optimiser_step, run, run.model)
+        floors[name] = bench.floor_of_step(run.cfg, recompute == "on", filled, rate)
     found = bench.seconds_in_turn(variants, args.rounds, released.ranks.cuda)
-    rate = llada_cost.matmul_rate(released.ranks, 1024)
-    floors = {}
-    for name in variants:
-        if name.startswith("ours"):
-            share = 0.5 if "half" in name else 1.0
-            floors[name] = bench.floor_of_step(released.cfg, "recomputation" in name, share, rate)
     rows = bench.report(found, "earlier revision" if args.against else "released", floors)
     return rows + [{"matmul_gflops": rate / 1e9}]
 

@@ -211,6 +211,13 @@ def command(base, out) -> list[str]:
     return ["train", "--model", str(base), "--out", str(out), *FLAGS]
 
 
+def run_whole(base: Path, out: Path) -> Path:
+    """A run that never stops: phases of 8 steps, checkpoints after 3, 6, 8, 9, 12, ..."""
+    llada.main(command(base, out))
+    assert records(out)[-1]["phase"] >= 2
+    return out
+
+
 def stop_in_step(step: int, main, words: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
         in_step(patch, step, signal.SIGTERM)

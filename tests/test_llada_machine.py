@@ -16,6 +16,7 @@ from loop_helpers import (
     in_evaluation,
     names,
     records,
+    run_whole,
     stop_in_step,
 )
 from safetensors.torch import load_file
@@ -44,10 +45,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    """A run that never stopped: phases of 8 steps, checkpoints after 3, 6, 8, 9, 12, ..."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    llada.main(command(base, out))
-    return out
+    return run_whole(base, tmp_path_factory.mktemp("whole") / "run")
 
 
 # ---- 1. SIGTERM ---------------------------------------------------------------------------------

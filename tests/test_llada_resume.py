@@ -23,6 +23,7 @@ from loop_helpers import (
     near,
     read_lines,
     records,
+    run_whole,
     steady,
     stop_in_step,
     tuned,
@@ -43,11 +44,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    """A run that never stopped: phases of 8 steps, checkpoints after 3, 6, 8, 9, 12, ..."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    llada.main(command(base, out))
-    assert records(out)[-1]["phase"] >= 2
-    return out
+    return run_whole(base, tmp_path_factory.mktemp("whole") / "run")
 
 
 @pytest.fixture(scope="module")
