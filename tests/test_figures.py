@@ -132,7 +132,8 @@ def test_certainty_keeps_the_law_of_a_consistent_model_and_confidence_does_not()
 
 
 # ---- the commands --------------------------------------------------------------------------------
-TINY = "--quick --steps 40 --rollouts 256 --batch 8 --base-steps 8 --jobs 2 --seeds 1".split()
+TINY = "--quick --steps 40 --rollouts 256 --batch 8 --base-steps 8 --jobs 2 --seeds 1"
+TINY = [*TINY.split(), "--width", "16", "--layers", "1"]  # its tables are most of the time
 
 
 @pytest.mark.parametrize(
