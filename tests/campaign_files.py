@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -20,6 +21,7 @@ from tests.campaign_runs import (
     picked,
     resumed,
     whole_run,
+    with_pid,
 )
 from tests.loop_helpers import records
 
@@ -138,8 +140,10 @@ class Damage:
         first = Process(self.base, out)
         held = out / ".lock-holder"
         first.wait_for(lambda: held.is_file() and first.steps() >= reached)
+        with_pid(first.process.pid, signal.SIGSTOP)  # else it might end before the second looks
         second = Process(self.base, out, name="-second")
         wrong, sentence = complaint(second)
+        with_pid(first.process.pid, signal.SIGCONT)
         named = f"process {first.process.pid} on {socket.gethostname()}" in sentence
         words = f"a second run at record {reached}{', resumed' if again else ''}"
         ended = first.end()
