@@ -5,17 +5,17 @@ import atexit
 import contextlib
 import functools
 import importlib.util
+import json
 import logging
 import math
-import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
-import types
-from concurrent import futures
 from fractions import Fraction
+from multiprocessing import connection
 from operator import add, mul, sub, truediv
 from pathlib import Path
 
@@ -130,7 +130,7 @@ SPELLINGS = {  # a pattern and the one spelling of what it finds
     r"\\(?:mbox|mathrm|textrm|textbf|mathbf|operatorname)(?![a-z])": r"\\text",
     r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b": ",",
     r"\\[dtc]frac": r"\\frac",
-    r"\\(frac|sqrt)\s*(\w)": r"\\\1{\2}",
+    r"\\(frac|sqrt|overline)\s*(\w)": r"\\\1{\2}",
     r"\\frac\s*\{([^{}]*)\}\s*(\w)": r"\\frac{\1}{\2}",
     r"_\s*\{(\w+)\}": r"_\1",
     r"\\log_(\d)\s+(\d+)(?=\s*(?:[-+,)}]|$))": r"\\log_\1(\2)",
@@ -153,10 +153,19 @@ SCALES = "dozen hundred thousand million billion half times plus minus over not 
 SCALES = {*SCALES.split()}
 
 
+def repeating(decimal: re.Match) -> str:
+    """The fraction that 0.1\\overline{6} is: (16 - 1) / 90."""
+    before, whole, fixed, again = decimal.groups()
+    top = int(whole + fixed + again) - int((whole + fixed) or "0")
+    return rf"{before}\frac{{{top}}}{{{'9' * len(again)}{'0' * len(fixed)}}}"
+
+
 def tidy(text: str) -> str:
     """An answer in one spelling, without what only styles it."""
     for pattern, plain in SPELLINGS.items():
         text = re.sub(pattern, plain, text)
+    alone = r"(^\s*|[^\w\s})]\s*)"  # no factor, of which 2 \frac would make a mixed number
+    text = re.sub(alone + r"([0-9]*)\.([0-9]*)\\overline\{([0-9]+)\}", repeating, text)
     if not re.search(r"[(\[]", text):  # (1,234) is a pair, 1,234 a number
         thousands = r"(?<![\d,])\d{1,3}(?:,\d{3})+(?![\d,])"
         text = re.sub(thousands, lambda number: number[0].replace(",", ""), text)
@@ -435,19 +444,21 @@ def algebra_agrees(gold: str, got: str) -> bool:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
-def leave_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def serve() -> None:
+    """The worker: for each line of its input, a pair of answers, whether they are the same.
 
-
-def start_worker():
-    """Readies a worker: it ends with its parent, and its caches hold all forms of EQUALS."""
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    It ends with its input, hence with its parent. At first it fills its caches by EQUALS.
+    """
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what else is printed is no reply
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     for gold, got in EQUALS.items():
         if not expressions_agree(gold, got):
             raise RuntimeError(f"math-verify does not know that {gold} = {got}")
+    print("ready", file=replies, flush=True)
+    for line in sys.stdin:
+        agree = algebra_agrees(*json.loads(line))
+        print(json.dumps(agree), file=replies, flush=True)
 
 
 class Algebra:
@@ -458,56 +469,74 @@ class Algebra:
     """
 
     def __init__(self):
-        self.pool = None
-        self.pid = None
+        self.worker = None
         self.lock = threading.Lock()
+        os.register_at_fork(after_in_child=self.forget)
+
+    @property
+    def pid(self) -> int | None:
+        return self.worker.pid if self.worker else None
 
     def same(self, gold: str, got: str) -> bool:
+        question = json.dumps([gold, got])
         with self.lock:
             for _ in range(2):
                 self.start()
-                try:
-                    return self.pool.submit(algebra_agrees, gold, got).result(WALL_SECONDS)
-                except futures.BrokenExecutor:
-                    self.stop()
-                except futures.TimeoutError as error:
-                    self.stop()
-                    raise RuntimeError("the machine is too busy to compare answers") from error
+                reply = self.reply(question, WALL_SECONDS)
+                if reply:
+                    return json.loads(reply)
+                self.stop()  # it has ended
             self.start()  # If this works, the text is at fault and not the machine.
             return False
 
-    def start(self):
-        if self.pool is not None:
+    def start(self) -> None:
+        if self.worker is not None:
             return
         if importlib.util.find_spec("math_verify") is None:
             raise RuntimeError("answers are compared by math-verify: pip install math-verify")
-        context = multiprocessing.get_context("spawn")
-        self.pool = futures.ProcessPoolExecutor(1, context, start_worker)
-        main = sys.modules["__main__"]
-        try:
-            if start_worker.__module__ != "__main__":  # the worker need not run the user's script
-                sys.modules["__main__"] = types.ModuleType("__main__")
-            hello = self.pool.submit(os.getpid)
-        finally:
-            sys.modules["__main__"] = main
-        try:
-            self.pid = hello.result(5 * WALL_SECONDS)
-        except (futures.TimeoutError, futures.BrokenExecutor, OSError) as error:
+        self.worker = subprocess.Popen(
+            [sys.executable, "-m", "figures.answers"],
+            cwd=Path(__file__).resolve().parent.parent,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C is for the parent
+        )
+        if self.reply("", 5 * WALL_SECONDS) != "ready\n":
             self.stop()
             raise RuntimeError(
                 "the process that compares answers did not start (its error is above): is memory "
                 "short, or math-verify broken?"
-            ) from error
+            )
 
-    def stop(self):
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-        if self.pid is not None:
-            with contextlib.suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
-        self.pool = None
-        self.pid = None
+    def reply(self, question: str, seconds: float) -> str:
+        """The worker's next line, after a question if there is one; "" if it has ended."""
+        try:
+            if question:
+                print(question, file=self.worker.stdin, flush=True)
+            if connection.wait([self.worker.stdout], seconds):
+                return self.worker.stdout.readline()
+            raise RuntimeError("the machine is too busy to compare answers")
+        except BrokenPipeError:
+            return ""
+        except BaseException:  # else its reply would be taken for the next question's
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.communicate()
+        self.worker = None
+
+    def forget(self) -> None:
+        """In a fork: the worker is the parent's."""
+        self.worker = None
+        self.lock = threading.Lock()
 
 
 ALGEBRA = Algebra()
 atexit.register(ALGEBRA.stop)
+
+if __name__ == "__main__":
+    serve()

@@ -314,8 +314,8 @@ class Grader:
 
     def check(self, kind: str, text: str, cases: list[tuple]) -> None:
         """By tasks; a case is a task, a row, and what the reference says: True, False or None."""
-        ALGEBRA.start()
         for task, row, holds in cases:
+            ALGEBRA.start()
             result, took, grown = metered(self.grade, kind, task, text, row)
             counts = self.counts[kind]
             counts["graded"] += 1
