@@ -266,11 +266,12 @@ class Case:
         note, said = self.noted(rank), process.said()
         where, words = note.get("what", ""), f"{self.words}, {moment}, {note.get('what')}"
         good = status == 143 if self.ranks == 1 else "exitcode  : 143" in said
+        done = status == 0 and "done: a =" in said  # it came when nothing was left to do
         ended = f"status {status}, {said[-300:]}"
-        self.part.hold(where and good, f"{words}: {ended}")
+        self.part.hold(where and (good or done), f"{words}: {ended}")
         saved = [int(path.name[5:]) for path in files.checkpoints(self.out)][-1:]
         good = saved and f"SIGTERM: saved at step {saved[0]};" in said
-        self.part.hold(good, f"{words}: the last checkpoint is {saved}, {ended}")
+        self.part.hold(good or done, f"{words}: the last checkpoint is {saved}, {ended}")
         self.took(words, time.time() - note.get("time", 0))
         passes = note.get("passes", 99)
         most = SCORING if moment.startswith("evaluation") else PASSES
