@@ -49,7 +49,14 @@ from tqdm import tqdm
 import dtm
 from dtm import c_dtm_loss, check, mask_blockwise, tilt_weight
 from figures import files
-from figures.llada_shape import ADAPTED, MAPS, check_model_config, choose_pass, map_shape
+from figures.llada_shape import (
+    ADAPTED,
+    MAPS,
+    check_model_config,
+    choose_pass,
+    count_memory,
+    map_shape,
+)
 from figures.processes import Ranks, Stopped, run_as_script
 from figures.tasks import TASKS, Task, cut, read_rows
 
@@ -183,6 +190,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     checkpoint."""
     cfg, state, buffer = run.cfg, run.state, run.buffer
     student = parallel(run.model, run.ranks)
+    run.clock = time.perf_counter()
     with run.saved_when_stopped():
         if not state.scored:
             score_phase(run, watch)
@@ -377,11 +385,12 @@ class Buffer:
         task: Task = TASKS[self.cfg.task]
         prompts = [self.prompt(row) for row in rows]
         model, quiet = self.model.use("teacher"), self.ranks.rank > 0
+        grades = []
         with self.ranks.stoppable(model):
             x1 = decode(model, self.text, prompts, self.cfg, self.generator, quiet, ban=True)
-        grades = []
-        for row, answer in zip(rows, x1.tolist(), strict=True):
-            grades.append(task.grade(self.text.answer(answer), self.rows[row]))
+            for row, answer in zip(rows, x1.tolist(), strict=True):
+                self.ranks.look()
+                grades.append(task.grade(self.text.answer(answer), self.rows[row]))
         r, solved = torch.tensor(grades).double().T.contiguous()
         return {"row": torch.tensor(rows), "x1": x1, "r": r.clamp_min(0), "solved": solved}
 
@@ -484,9 +493,11 @@ class Run:
         self.valid = valid
         self.lock = None
         self.saved = None  # the state of the last checkpoint
-        self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0}
+        self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0, "save": 0.0}
         self.clock = time.perf_counter()
         folder = files.locate(cfg.model)
+        dtype = str(ranks.dtype).removeprefix("torch.")
+        self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
         self.text = Text(folder)
         self.model = LLaDA.from_pretrained(folder, ranks.device, ranks.dtype)
         self.batch, self.model.checkpointing = cfg.batch, cfg.checkpointing == "on"
@@ -503,8 +514,6 @@ class Run:
         self.state = State(ranks=ranks.size)
         self.begin_phase()
         self.mark()
-        dtype = str(ranks.dtype).removeprefix("torch.")
-        self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
         if cfg.cache != "off":
             self.say(f"--cache {cfg.cache}: answers are no draws from the model, as (D2) asks for")
 
@@ -523,6 +532,11 @@ class Run:
         self.batch, self.model.checkpointing = kept or choose_pass(self.cfg, *size)
         how = "with" if self.model.checkpointing else "without"
         self.say(f"{self.batch} answers a pass, {how} recomputation, in {gb:.3g} GB")
+        config, recompute = self.model.config, self.model.checkpointing
+        counts = count_memory(self.cfg, config, self.batch, recompute, self.ranks.dtype.itemsize)
+        need = sum(counts.values())
+        if need > gb:
+            self.say(f"these count {need:.3g} GB: memory will probably not do")
 
     def begin_phase(self) -> None:
         """A new optimiser, average and control variate."""
@@ -675,8 +689,11 @@ class Run:
             all_here = len([*half.glob("rank*")]) == self.ranks.size
             check(all_here, f"{half} lacks a rank's file: all nodes must share the folder --out")
             files.write(half / files.MANIFEST, sums)
-            shutil.rmtree(self.out / name, ignore_errors=True)
+            aside = half.with_name(f"{half.name}-before")
+            if (self.out / name).is_dir():  # saved once more, by SIGTERM before a step
+                (self.out / name).replace(aside)
             half.replace(self.out / name)
+            shutil.rmtree(aside, ignore_errors=True)
             found = files.checkpoints(self.out)
             whole = [path for path in found if (path / files.MANIFEST).is_file()]
             for old in found:  # without a manifest: its removal was killed
@@ -685,6 +702,7 @@ class Run:
             self.keep_best()
         self.saved = replace(self.state)
         self.ranks.wait()  # no rank leaves before the checkpoint is whole
+        self.lap("save")
 
     def keep_best(self) -> None:
         """RUN/best, written after the checkpoint that knows its score."""
@@ -809,7 +827,10 @@ def task_rows(cfg: Config, split: str) -> list[dict]:
 
 def parallel(model: "LLaDA", ranks: Ranks) -> nn.Module:
     """DDP on the student's adapter, as all else is frozen."""
-    return nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
+    if ranks.size == 1:
+        return model
+    # Without the view every gradient would be kept twice.
+    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 # ---- 6. Scores ----------------------------------------------------------------------------------
@@ -828,16 +849,14 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
     with ranks.stoppable(run.model.use("teacher")):
         ids = decode(run.model, run.text, own, cfg, noise, ranks.rank > 0)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)]
+    graded = []
+    with ranks.stoppable(run.model):
+        if ranks.rank == 0:
+            for answer, row in zip(ids.tolist(), rows, strict=True):
+                ranks.look()
+                graded.append(grade(task, run.text.answer(answer), row))
     if ranks.rank > 0:
         return None
-    graded = []
-    for answer, row in zip(ids.tolist(), rows, strict=True):
-        text = run.text.answer(answer)
-        reward, solved = task.grade(text, row)
-        scores = {"solved": solved, "reward": reward}
-        if task.cells:
-            scores["cells"] = task.cells(text, row)
-        graded.append({"row": row, "text": text} | scores)
     if path:
         files.write(path, "".join(json.dumps(line) + "\n" for line in graded))
     scores = {"n": len(rows)}
@@ -846,6 +865,12 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
     if task.cells:
         scores |= share_and_error("cells", [line["cells"] for line in graded])
     return scores
+
+
+def grade(task: Task, text: str, row: dict) -> dict:
+    reward, solved = task.grade(text, row)
+    graded = {"row": row, "text": text, "solved": solved, "reward": reward}
+    return graded | ({"cells": task.cells(text, row)} if task.cells else {})
 
 
 def share_and_error(key: str, pairs: list[tuple[float, int]]) -> dict[str, float]:
@@ -1402,9 +1427,11 @@ def add_settings(parser: argparse.ArgumentParser, only=(), without=(), own=None)
         parser.add_argument(*flags, default=argparse.SUPPRESS, help=text, **kind)
 
 
-def settings_of_run(file: Path, given: dict) -> dict:
-    """How the run of an adapter decoded, unless it had another task than is given."""
-    saved = files.read_json(file) if file.is_file() else {}
+def settings_of_run(adapter: Path, given: dict) -> dict:
+    """How the run of an adapter (RUN/best, RUN/step-N/adapter) decoded, unless it had another task
+    than is given."""
+    found = [folder / "config.json" for folder in adapter.resolve().parents[:2]]
+    saved = next((files.read_json(file) for file in found if file.is_file()), {})
     if given.get("task", saved.get("task")) != saved.get("task"):
         return {}
     names = saved.keys() & {"task", "gen_length", "block", "steps", "chunk"}
@@ -1415,7 +1442,9 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
     """Scores of the test rows in OUT/eval.json, answers beside it."""
     if adapter:
         given["model"] = str(base_of(adapter, given.get("model", "")))
-        given = settings_of_run(adapter.parent / "config.json", given) | given
+        given = settings_of_run(adapter, given) | given
+        if "task" not in given and os.environ.get("RANK", "0") == "0":
+            print(f"no run's config.json near {adapter}: its task is taken to be {Config.task}")
     place = adapter or f"runs/{given.get('task', Config.task)}-base"
     cfg = make_config(**{"out": f"{place}-eval", **given})
     lengths = lengths or [cfg.gen_length, 2 * cfg.gen_length]

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 from multiprocessing import connection
 from operator import add, mul, sub, truediv
@@ -418,11 +419,14 @@ def relations_agree(gold: str, got: str) -> bool:
     return len(signs) == 1 and not ratio.free_symbols and bool(fits)
 
 
-def limit_memory() -> None:
-    """To MEMORY more than now, where the system knows such a limit."""
+def set_limits() -> None:
+    """MEMORY more than now, and seconds after which the system ends a worker that the alarm did not
+    reach, where it knows such limits."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
+        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 3, most))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         most = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, most))
@@ -430,7 +434,7 @@ def limit_memory() -> None:
 
 def algebra_agrees(gold: str, got: str) -> bool:
     """Runs in the worker. What its algebra cannot read, or not in time, is not the same."""
-    limit_memory()
+    set_limits()
     # The alarm is a KeyboardInterrupt: sympy catches every Exception in many places.
     signal.signal(signal.SIGVTALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_VIRTUAL, CPU_SECONDS, 0.5)

@@ -91,7 +91,8 @@ def locate(source: str | Path) -> Path:
     advice = "check name and network, or pass --model FOLDER of a downloaded copy"
     laptop = "the same loop without one: python -m figures.toy_llada"
     with explained(f"cannot get {source} from the hub: {advice}; {laptop}"):
-        files = snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])
+        wanted = ["*.json", "*.safetensors", "*.py", "*.txt", "*.jinja"]
+        files = snapshot_download(str(source), allow_patterns=wanted)
     return Path(files)
 
 

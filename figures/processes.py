@@ -33,6 +33,10 @@ class Ranks:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.cuda = torch.cuda.is_available()
         self.device, self.dtype = torch.device("cpu"), torch.float32
+        unused = torch.version.cuda and Path("/dev/nvidia0").exists() and not self.cuda
+        blocked = "this machine's GPU cannot be used by torch, is its driver too old?"
+        hint = "to train on CPUs set CUDA_VISIBLE_DEVICES to nothing"
+        check(not unused or "CUDA_VISIBLE_DEVICES" in os.environ, f"{blocked} {hint}")
         if self.cuda:
             local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             check(local < count, f"no GPU for local rank {local}; start at most {count} ranks here")
@@ -56,15 +60,15 @@ class Ranks:
         if self.gather(asked).any():
             raise Stopped
 
+    def look(self, *call) -> None:
+        if self.asked:
+            raise Stopped
+
     @contextlib.contextmanager
     def stoppable(self, model: nn.Module):
-        """SIGTERM ends what is in here at the next network evaluation; then ranks stop together."""
-
-        def look(*call) -> None:
-            if self.asked:
-                raise Stopped
-
-        hook = model.register_forward_pre_hook(look)
+        """SIGTERM ends what is in here at the next network evaluation or `look`; then ranks stop
+        together."""
+        hook = model.register_forward_pre_hook(self.look)
         try:
             yield
         except Stopped:
@@ -76,7 +80,7 @@ class Ranks:
     def name_lost(self, error: RuntimeError, folder: Path) -> None:
         """After ranks failed to reach each other: a ValueError with the number of each that leaves
         no sign in the run's folder in time. Any other error is raised again."""
-        if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if self.size == 1 or not (isinstance(error, dist.DistError) or "/gloo/" in str(error)):
             raise error
         (folder / f"{SIGN}{self.rank}").touch()
         time.sleep(SIGNS_IN)
@@ -84,7 +88,8 @@ class Ranks:
         what = f"rank {', '.join(lost)} of {self.size} has ended, hangs or is late"
         what = what if lost else "the ranks have lost touch with each other"
         advice = "the last checkpoint is whole, and the same command goes on from there"
-        raise ValueError(f"rank {self.rank} stops, as {what}; {advice}") from None
+        first_line = str(error).partition("\n")[0][:150]
+        raise ValueError(f"rank {self.rank} stops, as {what}; {advice} ({first_line})") from None
 
     def clear_sign(self, folder: Path) -> None:
         """Of an earlier run that lost a rank."""
@@ -115,8 +120,10 @@ def run_as_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # not after an error: it would wait for the other ranks
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        advice = "go on with the same command and --checkpointing on or a lower --chunk"
-        advice += ", or lower --batch with another --out; the last checkpoint is whole"
+        advice = (
+            "take a lower --chunk or, in training, --checkpointing on; the same command goes on"
+        )
+        advice += " from the last checkpoint. Else lower --batch, with another --out"
         sys.exit(f"out of device memory ({str(error)[:90]}): {advice}")
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -72,6 +72,7 @@ def small_base(folder: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(TASKS, "uneven", Uneven())
         patch.setattr(torch.cuda, "is_available", bool)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
         handler = signal.getsignal(signal.SIGTERM)
         yield folder
         signal.signal(signal.SIGTERM, handler)

@@ -9,6 +9,7 @@ import loop_helpers
 import pytest
 import torch
 from loop_helpers import (
+    Uneven,
     check_same,
     command,
     complaint,
@@ -85,6 +86,25 @@ def test_SIGTERM_ends_with_the_present_network_evaluation(
     kept = files.read_json(tmp_path / f"step-{total:07}" / "state.json")
     assert (kept["filled"] == kept["step"]) == (place == "optimiser_step" and call != 4)
     llada.main(words)
+    check_same(tmp_path, whole)
+
+
+@pytest.mark.parametrize("answer", [2, 8, 40], ids=["scores", "rollouts", "later"])
+def test_SIGTERM_ends_with_the_present_answers_grade(base, tmp_path, whole, answer):
+    graded = []
+    grade = Uneven.grade
+
+    def counted(task, text, row):
+        graded.append(text)
+        if len(graded) == answer:
+            signal.raise_signal(signal.SIGTERM)
+        return grade(task, text, row)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(Uneven, "grade", counted)
+        llada.main(command(base, tmp_path))
+    assert len(graded) == answer
+    llada.main(command(base, tmp_path))
     check_same(tmp_path, whole)
 
 

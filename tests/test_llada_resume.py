@@ -230,6 +230,9 @@ def test_no_action_means_train(words, monkeypatch):
 
 def test_eval_scores_an_adapter_on_its_own_base(whole, base, tmp_path, capsys):
     adapter = whole / "best"
+    for one in (adapter, checkpoints(whole)[-1] / "adapter"):
+        assert llada.settings_of_run(one, {})["task"] == "uneven"
+    assert llada.settings_of_run(adapter, {"task": "sudoku"}) == {}
     llada.main(f"eval --adapter {adapter} --task uneven --lengths 16 24 --out {tmp_path}".split())
     assert "no published table compares" in capsys.readouterr().out
     run = tuned(base, tmp_path)
