@@ -1,6 +1,6 @@
 """What a control variate does to the gradient, and what that does to a run.
 
-    python -m figures.control_variate --seeds 5     half an hour on 2 cores
+    python -m figures.control_variate --seeds 5     15 minutes on one core
 
 Left: the six arms of `maze_lab.py --ablate cv`, final KL beside gradient variance. Right: the
 variance against h for an exact teacher near the end of the way, by enumeration.
