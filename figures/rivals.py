@@ -79,12 +79,12 @@ METHODS = [
     Method("ESPO", 5e-4, objective="espo"),
     Method("GDSD, ideal", 4e-3, objective="gdsd_ideal", rounds=16, rise=1.0, restart=True),
     Method("GDSD, as shipped", 5e-4, objective="gdsd", target=False),
-    Method("UniGRPO, k3", 1e-4, objective="uni_grpo", target=False),
+    Method("UniGRPO, k3", 2e-4, objective="uni_grpo", target=False),
     Method("UniGRPO, k2", 4e-4, objective="uni_grpo_k2"),
     Method("diffu-GRPO, k3 (one state)", 2e-3, objective="diffu_grpo", target=False),
-    Method("diffu-GRPO, k2 (one state)", 2e-3, objective="diffu_grpo_k2", target=False),
-    Method("wd1, b = 0 (one state)", 1e-4, objective="wd1", target=False),
-    Method("wd1, b = .04 (one state)", 1e-4, objective="wd1", target=False, mix=0.04),
+    Method("diffu-GRPO, k2 (one state)", 1e-3, objective="diffu_grpo_k2", target=False),
+    Method("wd1, b = 0 (one state)", 8e-4, objective="wd1", target=False),
+    Method("wd1, b = .04 (one state)", 4e-4, objective="wd1", target=False, mix=0.04),
     Method("SPG", 2e-4, objective="spg", target=False),
     Method("JustGRPO", 4e-4, objective="just_grpo", target=False, block=1),
     Method("ELBO-REINFORCE", 2e-4, objective="elbo_reinforce"),
@@ -347,7 +347,7 @@ def draw(result: dict, path: Path) -> Path:
     dots.invert_yaxis()
     draw_plane(plane, result, {name: rows for name, rows in methods.items() if name not in aimed})
     if aimed:
-        figure.suptitle(f"Nearest to the target: {', then '.join(aimed[:2])}")
+        figure.suptitle(f"Nearest in KL(rho_theta || rho_A): {', then '.join(aimed[:2])}")
     return lab.save_figure(figure, path)
 
 
