@@ -194,7 +194,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     with run.saved_when_stopped():
         if not state.scored:
             score_phase(run, watch)
-            if state.total:  # SIGTERM came in these scores: nothing else would save the last ones
+            if state.total:  # they were interrupted; if they are the last, nothing else saves them
                 run.save()
         run.keep_best()
         while cfg.a_end - state.a > 1e-9 * cfg.a_end:
@@ -570,7 +570,7 @@ class Run:
         self.mark()
         self.lap("rollout")
 
-    # SIGTERM.
+    # Random numbers, and SIGTERM.
     def random_states(self) -> dict[str, Tensor]:
         """Where this rank's generators and its walk through the prompts stand."""
         return {
