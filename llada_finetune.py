@@ -190,7 +190,6 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     checkpoint."""
     cfg, state, buffer = run.cfg, run.state, run.buffer
     student = parallel(run.model, run.ranks)
-    run.clock = time.perf_counter()
     with run.saved_when_stopped():
         if not state.scored:
             score_phase(run, watch)
@@ -494,7 +493,7 @@ class Run:
         self.lock = None
         self.saved = None  # the state of the last checkpoint
         self.seconds = {"rollout": 0.0, "train": 0.0, "eval": 0.0, "save": 0.0}
-        self.clock = time.perf_counter()
+        self.clock = 0.0  # when the present lap began
         folder = files.locate(cfg.model)
         dtype = str(ranks.dtype).removeprefix("torch.")
         self.say(f"{cfg.model}: {ranks.size} rank(s), {ranks.device.type}, {dtype}")
@@ -528,13 +527,13 @@ class Run:
         that goes on keeps them, as the order of sums and of dropout depends on them."""
         gb = torch.tensor([self.ranks.memory()], device=self.ranks.device)
         gb = float(self.ranks.gather(gb).min())
-        size = (self.model.config, gb, self.ranks.dtype.itemsize)
-        self.batch, self.model.checkpointing = kept or choose_pass(self.cfg, *size)
-        how = "with" if self.model.checkpointing else "without"
+        config = self.model.config
+        itemsize = self.ranks.dtype.itemsize
+        self.batch, recompute = kept or choose_pass(self.cfg, config, gb, itemsize)
+        self.model.checkpointing = recompute
+        how = "with" if recompute else "without"
         self.say(f"{self.batch} answers a pass, {how} recomputation, in {gb:.3g} GB")
-        config, recompute = self.model.config, self.model.checkpointing
-        counts = count_memory(self.cfg, config, self.batch, recompute, self.ranks.dtype.itemsize)
-        need = sum(counts.values())
+        need = sum(count_memory(self.cfg, config, self.batch, recompute, itemsize).values())
         if need > gb:
             self.say(f"these count {need:.3g} GB: memory will probably not do")
 
@@ -597,6 +596,7 @@ class Run:
         is given back at the end."""
         handler = signal.signal(signal.SIGTERM, self.ranks.ask_to_stop)
         self.ranks.clear_sign(self.out)
+        self.clock = time.perf_counter()
         try:
             yield
         except Stopped:
@@ -854,7 +854,7 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
         if ranks.rank == 0:
             for answer, row in zip(ids.tolist(), rows, strict=True):
                 ranks.look()
-                graded.append(grade(task, run.text.answer(answer), row))
+                graded.append(graded_answer(task, run.text.answer(answer), row))
     if ranks.rank > 0:
         return None
     if path:
@@ -867,10 +867,12 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
     return scores
 
 
-def grade(task: Task, text: str, row: dict) -> dict:
+def graded_answer(task: Task, text: str, row: dict) -> dict:
     reward, solved = task.grade(text, row)
-    graded = {"row": row, "text": text, "solved": solved, "reward": reward}
-    return graded | ({"cells": task.cells(text, row)} if task.cells else {})
+    answer = {"row": row, "text": text, "solved": solved, "reward": reward}
+    if task.cells:
+        answer["cells"] = task.cells(text, row)
+    return answer
 
 
 def share_and_error(key: str, pairs: list[tuple[float, int]]) -> dict[str, float]:
@@ -1430,8 +1432,10 @@ def add_settings(parser: argparse.ArgumentParser, only=(), without=(), own=None)
 def settings_of_run(adapter: Path, given: dict) -> dict:
     """How the run of an adapter (RUN/best, RUN/step-N/adapter) decoded, unless it had another task
     than is given."""
-    found = [folder / "config.json" for folder in adapter.resolve().parents[:2]]
-    saved = next((files.read_json(file) for file in found if file.is_file()), {})
+    saved = {}
+    for folder in adapter.resolve().parents[:2]:
+        if not saved and (folder / "config.json").is_file():
+            saved = files.read_json(folder / "config.json")
     if given.get("task", saved.get("task")) != saved.get("task"):
         return {}
     names = saved.keys() & {"task", "gen_length", "block", "steps", "chunk"}

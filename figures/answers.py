@@ -420,16 +420,17 @@ def relations_agree(gold: str, got: str) -> bool:
 
 
 def set_limits() -> None:
-    """MEMORY more than now, and seconds after which the system ends a worker that the alarm did not
-    reach, where it knows such limits."""
+    """Of this process, where the system knows them: MEMORY more than now, and two or three seconds
+    of processor time, after which it is ended: in one long step of C no alarm is heard."""
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
-        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 3, most))
+        seconds = int(time.process_time()) + 3  # whole ones
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
         used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        most = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, most))
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, hard))
 
 
 def algebra_agrees(gold: str, got: str) -> bool:
@@ -477,7 +478,8 @@ class Algebra:
     def __init__(self):
         self.worker = None
         self.lock = threading.Lock()
-        os.register_at_fork(after_in_child=self.forget)
+        if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+            os.register_at_fork(after_in_child=self.forget)
 
     @property
     def pid(self) -> int | None:

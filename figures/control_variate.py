@@ -157,7 +157,9 @@ def draw(result: dict, path: Path) -> Path:
             label = "best c(xt, i)" if name == "learned c" else name
             exact.annotate(label, start, (12, -6), **beside, color=colour)
     runs.set(xscale="log", yscale="log", xlabel="gradient variance in the run")
-    runs.set(ylabel="final KL to the target, nats", xlim=(None, 2.5))
+    runs.set(ylabel="final KL to the target, nats", xlim=(None, 1.2))
+    runs.yaxis.set_major_formatter("{x:g}")
+    runs.yaxis.set_minor_formatter("{x:.1g}")
     exact.set(xscale="log", yscale="log", xlabel="tilt increment h", ylabel="gradient variance")
     exact.set_title(f"exact teacher and best c at a = {last:g}, one seed", fontsize=10)
     nearest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "kl")[0])

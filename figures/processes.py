@@ -33,10 +33,10 @@ class Ranks:
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.cuda = torch.cuda.is_available()
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        unused = torch.version.cuda and Path("/dev/nvidia0").exists() and not self.cuda
-        blocked = "this machine's GPU cannot be used by torch, is its driver too old?"
-        hint = "to train on CPUs set CUDA_VISIBLE_DEVICES to nothing"
-        check(not unused or "CUDA_VISIBLE_DEVICES" in os.environ, f"{blocked} {hint}")
+        if not self.cuda and torch.version.cuda and "CUDA_VISIBLE_DEVICES" not in os.environ:
+            advice = "update its driver, or set CUDA_VISIBLE_DEVICES to nothing to run on CPUs"
+            there = Path("/dev/nvidia0").exists()
+            check(not there, f"torch cannot use the GPU that this machine has; {advice}")
         if self.cuda:
             local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
             check(local < count, f"no GPU for local rank {local}; start at most {count} ranks here")
@@ -120,10 +120,8 @@ def run_as_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # not after an error: it would wait for the other ranks
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        advice = (
-            "take a lower --chunk or, in training, --checkpointing on; the same command goes on"
-        )
-        advice += " from the last checkpoint. Else lower --batch, with another --out"
+        advice = "take a lower --chunk or, in training, --checkpointing on; the same command goes"
+        advice += " on from the last checkpoint. Else lower --batch, with another --out"
         sys.exit(f"out of device memory ({str(error)[:90]}): {advice}")
     except (ValueError, OSError, SafetensorError) as error:
         sys.exit(f"{Path(sys.argv[0]).stem}: {error}")

@@ -266,7 +266,8 @@ class Case:
         note, said = self.noted(rank), process.said()
         where, words = note.get("what", ""), f"{self.words}, {moment}, {note.get('what')}"
         good = status == 143 if self.ranks == 1 else "exitcode  : 143" in said
-        done = status == 0 and "done: a =" in said  # it came when nothing was left to do
+        last = note.get("passes") == 0 and "done: a =" in said
+        done = status == 0 and last  # it came when nothing was left to do
         ended = f"status {status}, {said[-300:]}"
         self.part.hold(where and (good or done), f"{words}: {ended}")
         saved = [int(path.name[5:]) for path in files.checkpoints(self.out)][-1:]

@@ -1,10 +1,12 @@
 """The process that compares answers: its limits, its end, and whom it serves."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,11 @@ def test_what_exhausts_the_worker_is_not_right_and_the_next_question_is_answered
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit needs /proc")
 def test_a_question_may_take_50_mb():
+    assert answers.same("3z", "z+2z")
+    worker = Path(f"/proc/{answers.ALGEBRA.pid}")
+    held = int(re.search(r"VmSize:\s*(\d+)", (worker / "status").read_text())[1]) * 1024
+    most = int(re.search(r"Max address space\s+(\d+)", (worker / "limits").read_text())[1])
+    assert 40 * 2**20 < most - held < 60 * 2**20
     assert [ended(f"bytearray({megabytes} * 2**20)") for megabytes in (40, 60)] == [0, 1]
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+from pathlib import Path
 
 import loop_helpers
 import pytest
@@ -273,13 +274,28 @@ def test_a_run_keeps_its_pass_unless_checkpointing_is_given(base, tmp_path, monk
     assert opened(100.0) == (2, False)  # as in its settings
 
 
-def test_the_smallest_device_decides(base, tmp_path, monkeypatch):
+def test_the_smallest_device_decides_and_too_small_a_one_is_said(
+    base, tmp_path, monkeypatch, capsys
+):
     run = llada.open_run(given(base, tmp_path, checkpointing="auto"), Ranks())
     for others, expected in ((9.0, (4, False)), (1e-9, (1, True))):
         monkeypatch.setattr(Ranks, "memory", lambda _: 9.0)
         monkeypatch.setattr(Ranks, "gather", lambda _, t, others=others: torch.tensor([t, others]))
+        capsys.readouterr()
         run.choose_pass(None)
         assert (run.batch, run.model.checkpointing) == expected
+        assert ("memory will probably not do" in capsys.readouterr().out) == (others < 1)
+
+
+def test_a_GPU_that_torch_cannot_use_is_said_unless_it_is_hidden(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", bool)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) == "/dev/nvidia0")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="cannot use the GPU.*; update its driver"):
+        Ranks()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert Ranks().device.type == "cpu"
 
 
 # ---- 4. Compilation and other devices -----------------------------------------------------------

@@ -220,6 +220,7 @@ MATH = [  # the right answer, ways to say it, answers that are not it
     pytest.param("2^{2006}+2^{2005}", [r"3\cdot2^{2005}"], ["2^{2006}", "2^{2006}+1"], id="large"),
     pytest.param("10^{20}", [r"10^{10}\cdot10^{10}"], [r"\sqrt{10^{40}+1}"], id="root"),
     pytest.param(r"\sqrt{8}", [r"2\sqrt{2}", r"2\sqrt2", "2.82842712475"], ["2.828"], id="sqrt8"),
+    pytest.param("1/3", ["0.3333333333", r"\frac13"], ["0.333333", "0.33"], id="third"),
     pytest.param("1/6", ["0.166666667", r".1\overline6"], ["0.16667", r"0.\overline{1}"], id="1/6"),
     pytest.param("0.25", ["1/4", ".25"], ["0.2500000001", "0.24999999999"], id="decimal"),
     pytest.param(r"\pi", ["3.14159265359", r"\frac{2\pi}{2}"], ["3.14", "22/7", "3.1416"], id="pi"),
