@@ -1,7 +1,9 @@
 """c-DTM against its rivals, on the maze where the answer is known: `python -m figures.rivals`.
 
     python -m figures.rivals --seeds 5    a table and a figure, 20 minutes on 2 cores
-    python -m figures.rivals --tune       half and twice each learning rate, on seeds 100 and 101
+    python -m figures.rivals --tune --first-seed 100 --seeds 4
+                                          half and twice each learning rate, and of the rivals each
+                                          number of rounds, on seeds that the table does not have
 
 All methods start from the same base, draw with the same sampler at temperature 1, and may spend the
 same number of network evaluations: a sequence's forward pass counts 1, a backward pass 2 more. The
@@ -280,13 +282,15 @@ def run_all(cfg: lab.Config, methods: list[Method], seeds: list[int], args) -> d
 
 
 # ---- 5. Tuning ----------------------------------------------------------------------------------
-TUNING_SEEDS = [100, 101]  # not those of the table
-
-
 def variants(method: Method) -> list[Method]:
-    """The method at its learning rate, at half and at twice of it."""
+    """The method at its learning rate, at half and at twice of it; a rival at half and twice its
+    rounds, too. The phases of c-DTM are the subject of figures/phases.py."""
     rates = [method.lr, method.lr / 2, method.lr * 2]
-    return [replace(method, name=f"{method.name} @ {lr:.2g}", lr=lr) for lr in rates]
+    tried = [replace(method, name=f"{method.name} @ {lr:.2g}", lr=lr) for lr in rates]
+    if method.arm is None:
+        for rounds in (method.rounds // 2, method.rounds * 2):
+            tried.append(replace(tried[0], name=f"{tried[0].name}, {rounds} rounds", rounds=rounds))
+    return tried
 
 
 def score(method: Method, rows: list[dict]) -> float:
@@ -298,10 +302,9 @@ def score(method: Method, rows: list[dict]) -> float:
     return sum(values) / len(values)
 
 
-def tune(cfg: lab.Config, methods: list[Method], args) -> dict:
+def tune(cfg: lab.Config, grid: list[list[Method]], seeds: list[int], args) -> dict:
     """Rows of every variant, and for each method its scores; prints who should move."""
-    grid = [variants(method) for method in methods]
-    result = run_all(cfg, sum(grid, []), TUNING_SEEDS, args)
+    result = run_all(cfg, sum(grid, []), seeds, args)
     rows = lab.by_arm(result)
     result["scores"] = {}
     for tried in grid:
@@ -397,7 +400,7 @@ def with_other_order(result: dict) -> dict:
 def main() -> None:
     about = "c-DTM and its rivals at equal evaluations; the file's head explains the scores."
     parser = lab.make_parser(about, without=("lr",))
-    parser.add_argument("--tune", action="store_true", help="try half and twice each learning rate")
+    parser.add_argument("--tune", action="store_true", help="half and twice each rate, and rounds")
     parser.add_argument("--only", help="methods whose name contains this (default: all)")
     cfg, seeds, args = lab.read_settings(parser, preset={})
     part = "rivals_tuning" if args.tune else "rivals"
@@ -409,11 +412,12 @@ def main() -> None:
     methods = [method for method in METHODS if (args.only or "") in method.name]
     if not methods:
         parser.error(f"--only {args.only}: no method of that name")
-    least = 2 * max(method.rounds for method in methods)
+    grid = [variants(method) if args.tune else [method] for method in methods]
+    least = 2 * max(method.rounds for method in sum(grid, []))
     if cfg.rollouts < least:
         parser.error(f"{least // 2} rounds need at least {least} --rollouts")
     if args.tune:
-        lab.save_result(file, tune(cfg, methods, args))
+        lab.save_result(file, tune(cfg, grid, seeds, args))
         print("wrote", file)
         return  # the rows stay: whoever moves goes on from here
     result = run_all(cfg, methods, seeds, args)
