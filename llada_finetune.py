@@ -17,8 +17,8 @@ FOUR FACTS ABOUT LLADA: attention sees both sides, and logits at position t pred
 is EOS on the left; attention masks are honoured, where the release attends to pads. "o_proj",
 "gate_proj" and "down_proj" name nothing in it, so released code adapts four maps of seven (`--lora
 paper`). MASK is an ordinary id that sampling can draw: rollouts ban it.
-RANDOMNESS: a generator per rank (seed + rank) draws masks and tokens; torch's own, seeded likewise,
-the adapter's dropout. DEVICE AND DTYPE: see `Ranks`. FILES are safetensors, JSON and JSONL, written
+RANDOMNESS: a generator per rank draws masks and tokens, torch's own, of another seed, the adapter's
+dropout; `Ranks.seed`. DEVICE AND DTYPE: see `Ranks`. FILES are safetensors, JSON and JSONL, written
 beside their name and renamed. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
 """
 
@@ -78,7 +78,7 @@ class Config:
     task: str = option("sudoku", "sudoku, countdown, math, gsm8k or your class, in lower case")
     model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint folder or hub id")
     out: str = option("", "folder of the run (runs/TASK-SEED), or of the scores (ADAPTER-eval)")
-    seed: int = option(42, "of masks, tokens, dropout; rank k uses seed + k")
+    seed: int = option(42, "of masks, tokens, dropout; rank k adds k million")
     data: str = option("", "FILE.jsonl or .csv; a tenth validates; empty: the task's own rows")
     test_data: str = option("", "FILE.jsonl or .csv of test rows; empty: the task's own")
     # the tilt
@@ -336,7 +336,7 @@ class Buffer:
         self.cfg, self.ranks, self.text = cfg, ranks, text
         self.model = model
         self.rows = rows
-        self.generator = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+        self.generator = Generator(ranks.device).manual_seed(ranks.seed(cfg.seed))
         shuffled = random.Random(cfg.seed).sample(range(len(rows)), len(rows))
         self.own = shuffled[ranks.rank :: ranks.size]  # ranks share no prompt
         self.cursor = 0
@@ -507,7 +507,7 @@ class Run:
         self.student = self.new_adapter()
         self.teacher = self.new_adapter().eval().to(ranks.dtype).requires_grad_(False)
         self.model.adapters.update({"student": self.student, "teacher": self.teacher})
-        torch.manual_seed(cfg.seed + ranks.rank)  # the adapter's dropout
+        torch.manual_seed(ranks.seed(cfg.seed) + 500_000)  # the adapter's dropout
         self.buffer = Buffer(cfg, ranks, self.text, self.model, rows)
         self.generator = self.buffer.generator
         self.state = State(ranks=ranks.size)
@@ -845,7 +845,7 @@ def evaluate(run: Run, rows: list[dict], gen_length: int, path: Path | None = No
     most = -(-len(rows) // ranks.size) * ranks.size
     prompts = [run.text.prompt(task.prompt(row)) for row in rows]
     own = [prompts[i % len(rows)] for i in range(ranks.rank, most, ranks.size)]
-    noise = Generator(ranks.device).manual_seed(cfg.seed + ranks.rank)
+    noise = Generator(ranks.device).manual_seed(ranks.seed(cfg.seed))
     with ranks.stoppable(run.model.use("teacher")):
         ids = decode(run.model, run.text, own, cfg, noise, ranks.rank > 0)
     ids = ranks.gather(ids[None]).transpose(0, 1).flatten(0, 1)[: len(rows)]

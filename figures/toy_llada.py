@@ -157,7 +157,7 @@ def make_base(folder: Path, seed: int, ranks: llada.Ranks, steps: int = STEPS) -
     trained = nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
     adam = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, steps, pct_start=0.1)
-    noise = {"generator": Generator(ranks.device).manual_seed(seed + ranks.rank)}
+    noise = {"generator": Generator(ranks.device).manual_seed(ranks.seed(seed))}
     noise["device"] = ranks.device
     bar = tqdm(range(steps), "pretraining", unit="step", disable=ranks.rank > 0)
     for _ in bar:

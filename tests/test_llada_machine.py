@@ -133,6 +133,17 @@ def test_SIGTERM_is_not_lost_while_ranks_exchange_a_steps_numbers(base, tmp_path
 
 
 # ---- 2. One process a folder --------------------------------------------------------------------
+def test_no_two_ranks_of_any_runs_draw_the_same_noise(base, tmp_path, monkeypatch):
+    drawn = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        for seed in (41, 42, 43):
+            run = llada.open_run(given(base, tmp_path / f"{rank}-{seed}", seed=seed), Ranks())
+            drawn.append(torch.rand(4, generator=run.generator))
+            drawn.append(torch.rand(4))  # as the adapter's dropout
+    assert len({tuple(noise.tolist()) for noise in drawn}) == 4 * 3 * 2
+
+
 def test_a_folder_that_another_process_trains_in_is_refused(base, tmp_path, whole, monkeypatch):
     words = command(base, tmp_path)
     refused = []
