@@ -85,8 +85,8 @@ def split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
 
 
 def proper_split_masks(x: Tensor, pairs: int, noise: Generator) -> Tensor:
-    """(2 pairs, B, L): masks of k ~ U{1..L-1} positions and their complements, neither empty: the
-    states of TraFL's ports, so never the fully masked one."""
+    """(2 pairs, B, L): masks of k ~ U{1..L-1} positions and their complements, neither empty, so
+    none is full: how a public port of TraFL reads the paper's pairs of 1 to L hidden positions."""
     B, L = x.shape
     masks = []
     for _ in range(pairs):
@@ -180,16 +180,27 @@ def diffu_grpo_k2(b: Batch) -> Tensor:
 
 
 def uni_grpo(b: Batch) -> Tensor:
-    """UniGRPO (MMaDA's text; clip .2 and beta .01 of its re-implementation facebookresearch/igpo):
-    advantages over their standard deviation, k3. Anchor: rational."""
+    """UniGRPO after MMaDA's text, which names neither the estimator nor its coefficient: k3, beta
+    .01 and clip .2 are those of a re-implementation, facebookresearch/igpo; Gen-Verse/dLLM-RL has
+    the old policy for reference. Advantages over their standard deviation; a mean of each path's
+    tokens, where igpo pools them. Anchor: rational."""
     advantage = b.advantage / (b.spread + 1e-4)
     return clipped_loss(b, growing_mask(b), advantage, clip=0.2, estimator="k3", beta=0.01)
 
 
+def uni_grpo_k3_at_tilt(b: Batch) -> Tensor:
+    """UniGRPO with 1/a, in units of its advantage, for beta; our change. Anchor: rational."""
+    return uni_grpo_at_tilt(b, "k3")
+
+
 def uni_grpo_k2(b: Batch) -> Tensor:
-    """UniGRPO with k2, and 1/a in units of its advantage; our change. Anchor: of states."""
+    """The same with k2; our change. Anchor: of states."""
+    return uni_grpo_at_tilt(b, "k2")
+
+
+def uni_grpo_at_tilt(b: Batch, estimator: str) -> Tensor:
     scale = 1 / (b.spread + 1e-4)
-    settings = {"clip": 0.2, "estimator": "k2", "beta": scale / b.a}
+    settings = {"clip": 0.2, "estimator": estimator, "beta": scale / b.a}
     return clipped_loss(b, growing_mask(b), scale * b.advantage, **settings)
 
 
@@ -213,8 +224,9 @@ def wd1(b: Batch) -> Tensor:
 
 
 def spg(b: Batch) -> Tensor:
-    """SPG (facebookresearch/SPG, mixture .5, m = 2, beta 1.5): a lower bound for good paths, its
-    mean with an upper bound for bad ones, each per token. Anchor: none."""
+    """SPG (facebookresearch/SPG, mixture .5, m = 2, beta 1.5): after a lower bound for good paths,
+    after its mean with an upper bound for bad ones, each per token; as shipped, without weights for
+    a mask's size, neither is a bound. Anchor: none."""
     beta = 1.5
     masks = random_masks(b.x, 2, b.noise)  # (2, B, L)
     logs = hidden_logs(b.net, b.x, masks)
@@ -275,15 +287,14 @@ def trajectory_balance(b: Batch, now: Tensor, base: Tensor) -> Tensor:
 def trafl(b: Batch) -> Tensor:
     """TraFL (arXiv 2605.13935, after two public ports, no code of its authors): trajectory balance
     with the bound, two pairs of complementary masks. beta = a/(L (1 - 1/G)). Anchor: tilt, but for
-    the fully masked state, which is never seen. (ESPO's masks, which see it, ended farther away.)
-    """
+    the fully masked state, which these pairs never show."""
     masks = proper_split_masks(b.x, 2, b.noise)
     now, base = [elbo(model, b.x, masks).mean(0) for model in (b.net, b.base)]
     return trajectory_balance(b, now, base)
 
 
 def trafl_exact(b: Batch) -> Tensor:
-    """TraFL with the exact log-likelihood, 2^L states a path. Anchor: tilt."""
+    """TraFL with the exact log-likelihood, 2^L states a path. Ours. Anchor: tilt."""
     x, which = b.x.unique(dim=0, return_inverse=True)
     now = sequence_law(b.net, x, MASK).log()[which.cpu()]
     base = sequence_law(b.base, x, MASK).log()[which.cpu()]
@@ -332,10 +343,10 @@ def gdsd(b: Batch, psi: float = 10.0, beta: float = 1e-3, clip: float = 4e-4) ->
 
 
 def gdsd_ideal(b: Batch) -> Tensor:
-    """GDSD's regression as it is meant, at one state a path and without its pull to the base:
-    log pi - log pi_old = h A - const(xt, i), the constant a small net's (the paper centres over the
-    vocabulary, which moves the optimum). Least squares: pi ~ pi_old e^{h E[A | xt, v]}, an Euler
-    step of the exact tilt. Anchor: tilt, as h -> 0."""
+    """GDSD's regression as a public note describes it, at one state a path and without its pull to
+    the base: log pi - log pi_old = h A - const(xt, i), the constant a small net's (the note centres
+    over the vocabulary, which moves the optimum). Least squares: pi ~ pi_old e^{h E[A | xt, v]}, an
+    Euler step of the exact tilt. Anchor: tilt, as h -> 0."""
     mask = random_masks(b.x, 1, b.noise)[0]
     moved = hidden_logs(b.net, b.x, mask) - hidden_logs(b.old, b.x, mask)
     constant = b.extra(torch.where(mask, MASK, b.x))
@@ -362,10 +373,10 @@ def mask_bernoulli(
     x1: Tensor, mask_id: int, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
     """xt, mask (B, L): DMPO's states, each position masked with its row's chance .1 + .9 u,
-    u ~ U(0, 1), at least one."""
+    u ~ U(0, 1); none of them with a chance, too, which counts 0 in its loss."""
     noise = dtm.masking_noise(x1, mask_id, generator)
     u = torch.rand(len(x1), 1, generator=generator, device=x1.device)
-    mask = mask_by_chance(noise, 0.1 + 0.9 * u)
+    mask = noise < 0.1 + 0.9 * u
     return torch.where(mask, mask_id, x1), mask
 
 
@@ -410,14 +421,15 @@ def dmpo_loss(logits: Tensor, x1: Tensor, weight: Tensor) -> Tensor:
 
 
 def antithetic_masks(x: Tensor, noise: Generator, mask_id: int = MASK) -> Tensor:
-    """Two pairs of masks (4, B, L): draws of `mask_bernoulli` and their complements, which may be
+    """Two pairs of masks (4, B, L): draws of `mask_bernoulli` and their complements; either may be
     empty."""
     masks = [mask_bernoulli(x, mask_id, noise)[1] for _ in range(2)]
     return torch.stack([*masks, *[~mask for mask in masks]])
 
 
 def dmpo(b: Batch) -> Tensor:
-    """DMPO: cross-entropy weighed by (D10), summed over the batch, at its R = 4 states a path."""
+    """DMPO: cross-entropy weighed by (D10), summed over the batch, at its R = 4 states a path.
+    Anchor: tilt by u; none by u - v, as shipped."""
     masks = antithetic_masks(b.x, b.noise)  # (4, B, L)
     logs = hidden_logs(b.net, b.x, masks).sum(-1) / masks.sum(-1).clamp_min(1)  # (4, B)
     return -(b.weight * logs.mean(0)).sum()
@@ -427,9 +439,9 @@ def dmpo_round(
     old: Callable, base: Callable, x: Tensor, r: Tensor, a: float, baseline: str, noise: Generator
 ) -> Tensor:
     """DMPO's weights (n,) of a round, one group, from bounds (D6) at the same four masks for both
-    models; a mask whose complement is empty stands in for that, where DMPO counts it 0."""
+    models; the other one of its pair stands in for an empty mask, which DMPO counts 0."""
     masks = antithetic_masks(x, noise)
-    masks[2:] |= masks[:2].all(-1, keepdim=True)
+    masks |= ~masks.any(-1, keepdim=True)
     log_old, log_base = [elbo(model, x, masks).mean(0) for model in (old, base)]
     return dmpo_weights(r, log_old, log_base, 1 / a, baseline=baseline)
 
@@ -443,6 +455,7 @@ OBJECTIVES = {
     "gdsd": gdsd,
     "gdsd_ideal": gdsd_ideal,
     "uni_grpo": uni_grpo,
+    "uni_grpo_k3_at_tilt": uni_grpo_k3_at_tilt,
     "uni_grpo_k2": uni_grpo_k2,
     "diffu_grpo": diffu_grpo,
     "diffu_grpo_k2": diffu_grpo_k2,

@@ -32,7 +32,7 @@ def test_the_bounds_of_a_uniform_model_are_known(base, tmp_path):
     found = dmpo.bounds(run)
     run.generator.set_state(state)
     expected = torch.zeros(64)
-    for part in dmpo.batches(run):  # an empty complement counts 0, as published
+    for part in dmpo.batches(run):  # an empty mask counts 0, as published
         for mask in dmpo.antithetic_masks(run.buffer.data["x1"][part], run):
             expected[part] -= mask.any(1) / 4 * 16 * torch.tensor(24.0).log()
     near(found["log_cur"].float(), expected)
