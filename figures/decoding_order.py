@@ -1,6 +1,6 @@
 """The order in which a path is unmasked is part of the law that it is drawn from.
 
-    python -m figures.decoding_order --seeds 5     9 minutes on 2 cores
+    python -m figures.decoding_order --seeds 5     4 minutes on 2 cores
 
 Left: runs whose rollouts are decoded in each order (`maze_lab.py --ablate sampler`). Right: the
 exact law of each order for an exact teacher, one token a step: KL(rho_a || law). The JSON has its

@@ -70,7 +70,10 @@ def draw(result: dict, path: Path) -> Path:
     ends = {arm: lab.mean_and_error(rows, "kl")[0] for arm, rows in arms.items()}
     best = min(ends, key=ends.get)
     final.set_title("mean and s.e. of the seeds", fontsize=10)
-    figure.suptitle(f"With more phases the final KL falls, to {ends[best]:.3f} at {best}")
+    first = next(iter(ends))
+    figure.suptitle(
+        f"The final KL falls from {ends[first]:.2f} at {first} to {ends[best]:.2f} at {best}"
+    )
     return lab.save_figure(figure, path)
 
 
