@@ -186,6 +186,23 @@ def test_each_script_makes_its_table_json_and_png_and_redraws(
     assert picture.read_bytes() == before
 
 
+def test_tuning_tries_rates_and_rounds_and_says_who_moves(tmp_path, monkeypatch, capsys):
+    settings = [*TINY, "--rollouts", "512", "--tune", "--only", "ELBO", "--first-seed", "100"]
+    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(sys, "argv", [rivals.__file__, *settings, "--out", str(tmp_path)])
+    rivals.main()
+    result = json.loads((tmp_path / "quick_rivals_tuning_only.json").read_text())
+    [method] = [method for method in rivals.METHODS if method.name == "ELBO-REINFORCE"]
+    tried = [(arm["lr"] / method.lr, arm["rounds"] / method.rounds) for arm in result["arms"]]
+    assert tried == [(1, 1), (0.5, 1), (2, 1), (1, 0.5), (1, 2)]
+    scores = {row["arm"]: row["kl_reverse"] for row in result["rows"]}
+    assert result["scores"] == scores and {row["seed"] for row in result["rows"]} == {100}
+    best = min(scores, key=scores.get)
+    verb = "stays" if best == result["arms"][0]["name"] else "MOVES"
+    assert f"{verb} {best}" in capsys.readouterr().out
+
+
 def test_a_script_sends_its_runs_to_processes_of_their_own(tmp_path):
     settings = [*TINY, "--phases", "2", "--only", "c = 1", "--out", tmp_path]
     ran = command("-m", "figures.rivals", *settings)
