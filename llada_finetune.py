@@ -507,7 +507,7 @@ class Run:
         self.student = self.new_adapter()
         self.teacher = self.new_adapter().eval().to(ranks.dtype).requires_grad_(False)
         self.model.adapters.update({"student": self.student, "teacher": self.teacher})
-        torch.manual_seed(ranks.seed(cfg.seed) + 500_000)  # the adapter's dropout
+        torch.manual_seed(ranks.seed(cfg.seed, stream=1))  # the adapter's dropout
         self.buffer = Buffer(cfg, ranks, self.text, self.model, rows)
         self.generator = self.buffer.generator
         self.state = State(ranks=ranks.size)

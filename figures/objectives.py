@@ -101,11 +101,6 @@ def with_complement(x: Tensor, count: Tensor, noise: Generator) -> list[Tensor]:
     return [mask, ~mask]
 
 
-def mask_by_chance(noise: Tensor, chance: Tensor) -> Tensor:
-    """(B, L): where the uniform noise (B, L) is below the chance (B, 1), and at least one a row."""
-    return (noise < chance) | (noise == noise.amin(1, keepdim=True))
-
-
 # ---- 2. A batch ---------------------------------------------------------------------------------
 @dataclass
 class Batch:
@@ -205,12 +200,13 @@ def uni_grpo_at_tilt(b: Batch, estimator: str) -> Tensor:
 
 
 def growing_mask(b: Batch) -> Tensor:
-    """UniGRPO's states (B, L): a mask's chance grows over a round, from a path's own start to 1."""
+    """UniGRPO's states (B, L): a mask's chance grows over a round, from a path's own start to 1. A
+    row that would mask nothing masks the position of its least noise."""
     L = b.x.shape[1]
     start = (b.start * L).floor()  # (B,)
     share = (b.progress * (L - start) + start).floor() / L
     noise = torch.rand(b.x.shape, generator=b.noise, device=b.x.device)
-    return mask_by_chance(noise, share[:, None])
+    return (noise < share[:, None]) | (noise == noise.amin(1, keepdim=True))
 
 
 # ---- 4. Without an anchor: wd1, SPG, JustGRPO ---------------------------------------------------

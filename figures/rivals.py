@@ -1,6 +1,6 @@
 """c-DTM against its rivals, on the maze where the answer is known: `python -m figures.rivals`.
 
-    python -m figures.rivals --seeds 5    a table and a figure, 25 minutes on 2 cores
+    python -m figures.rivals --seeds 5    a table and a figure, about half an hour on 2 cores
     python -m figures.rivals --tune --first-seed 100 --seeds 4
                                           half and twice each learning rate, and of the rivals each
                                           number of rounds, on seeds that the table does not have
@@ -352,7 +352,7 @@ def draw(result: dict, path: Path) -> Path:
     dots.invert_yaxis()
     draw_plane(plane, result, {name: rows for name, rows in methods.items() if name not in aimed})
     if aimed:
-        figure.suptitle(f"Nearest in KL(rho_theta || rho_A): {', then '.join(aimed[:2])}")
+        figure.suptitle(f"Nearest in KL(rho_theta || rho_A): {'; then '.join(aimed[:2])}")
     return lab.save_figure(figure, path)
 
 

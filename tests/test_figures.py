@@ -171,7 +171,7 @@ def test_each_script_makes_its_table_json_and_png_and_redraws(
     settings = [*TINY, *(["--phases", "2"] if script != phases else [])]
     monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
     monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
-    few = [replace(method, rounds=16) for method in rivals.METHODS]
+    few = [replace(method, rounds=16) for method in rivals.METHODS]  # DMPO's 2,048 take long
     monkeypatch.setattr(rivals, "METHODS", few)
     monkeypatch.setattr(sys, "argv", [script.__file__, *settings, "--out", str(tmp_path)])
     script.main()

@@ -133,17 +133,6 @@ def test_SIGTERM_is_not_lost_while_ranks_exchange_a_steps_numbers(base, tmp_path
 
 
 # ---- 2. One process a folder --------------------------------------------------------------------
-def test_no_two_ranks_of_any_runs_draw_the_same_noise(base, tmp_path, monkeypatch):
-    drawn = []
-    for rank in range(4):
-        monkeypatch.setenv("RANK", str(rank))
-        for seed in (41, 42, 43):
-            run = llada.open_run(given(base, tmp_path / f"{rank}-{seed}", seed=seed), Ranks())
-            drawn.append(torch.rand(4, generator=run.generator))
-            drawn.append(torch.rand(4))  # as the adapter's dropout
-    assert len({tuple(noise.tolist()) for noise in drawn}) == 4 * 3 * 2
-
-
 def test_a_folder_that_another_process_trains_in_is_refused(base, tmp_path, whole, monkeypatch):
     words = command(base, tmp_path)
     refused = []
@@ -296,6 +285,17 @@ def test_the_smallest_device_decides_and_too_small_a_one_is_said(
         run.choose_pass(None)
         assert (run.batch, run.model.checkpointing) == expected
         assert ("memory will probably not do" in capsys.readouterr().out) == (others < 1)
+
+
+def test_no_two_ranks_of_any_runs_draw_the_same_noise(base, tmp_path, monkeypatch):
+    drawn = []
+    for rank in range(4):
+        monkeypatch.setenv("RANK", str(rank))
+        for seed in (41, 42, 43):
+            run = llada.open_run(given(base, tmp_path / f"{rank}-{seed}", seed=seed), Ranks())
+            drawn.append(torch.rand(4, generator=run.generator))
+            drawn.append(torch.rand(4))  # as the adapter's dropout
+    assert len({tuple(noise.tolist()) for noise in drawn}) == 4 * 3 * 2
 
 
 def test_a_GPU_that_torch_cannot_use_is_said_unless_it_is_hidden(monkeypatch):

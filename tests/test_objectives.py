@@ -125,7 +125,12 @@ def test_with_k2_the_optimum_is_the_tilt(objective):
 
 
 @pytest.mark.parametrize(
-    "objective, beta", [(objectives.diffu_grpo, 0.04), (objectives.uni_grpo, 0.01)]
+    "objective, beta",
+    [
+        (objectives.diffu_grpo, 0.04),
+        (objectives.uni_grpo, 0.01),
+        (objectives.uni_grpo_k3_at_tilt, 0.02),
+    ],
 )
 def test_with_k3_the_optimum_is_rational(objective, beta):
     """p = beta p_0 / (const - r): it keeps far more of the worst token than the tilt 1/beta."""
@@ -138,7 +143,8 @@ def test_with_k3_the_optimum_is_rational(objective, beta):
         low, high = (const, high) if total > 1 else (low, const)
     rational = beta * p_0 / (const - REWARDS)
     net = one_position(rational.log())
-    assert gradient(each_token(objective, net, REWARDS, base), net).abs().max() < 1e-4
+    loss = each_token(objective, net, REWARDS, base, a=1 / beta)
+    assert gradient(loss, net).abs().max() < 1e-4
     assert rational[0] > 1e6 * dtm.exact_tilt(p_0, REWARDS, 1 / beta)[0]
 
 
