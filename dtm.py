@@ -20,7 +20,7 @@ THE ALGORITHM (`tilt` of maze_lab.py and `train` of llada_finetune.py run it)
 1. start at a = 0 with teacher = student = the base model
 2. draw x1 from the teacher (`sample`), score it, weigh it by w = e^{h r} (`tilt_weight`)
 3. mask it (`mask_random` or `mask_blockwise`)
-4. step on `row_mean` of `c_dtm_loss`, with student and teacher logits at the masked positions
+4. step on `mean_over_masked` of `c_dtm_loss`, with student and teacher logits at the masked positions
 5. after a phase's budget of steps: a <- a + h, teacher <- student, and again from 2
 6. stop at a = a_end (`phases`; `next_h` lets the rewards choose h)
 
@@ -41,10 +41,10 @@ Numbers = Tensor | float  # one number, or one a row or position
 Pair = tuple[Tensor, Tensor]
 Noise = Generator | None
 Device = torch.device | str | None
-ORDERS = ("random", "state", "confidence")  # of decoding, see `sample`
+ORDERS = ("random", "top_prob", "low_confidence")  # of decoding, see `sample`
 
 
-def wide(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """float64 stays; everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -68,7 +68,7 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor = No
     normalize: divide by the batch mean or, with group (B,) of prompt ids, by each prompt's mean.
     Not in the paper. Dividing by a prompt's E[w] moves no minimiser (its estimate does, by
     O(1/completions)). With E[w] = 1, c = 1 is near the best at moderate h; raw w outgrow it."""
-    log_w = h * wide(torch.as_tensor(r))
+    log_w = h * upcast(torch.as_tensor(r))
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
     if normalize:
         return normalized_exp(log_w, torch.zeros_like(log_w) if group is None else group)
@@ -109,10 +109,10 @@ def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbe
     and 0 <= c <= 1 keep T >= 0.
     Official: yuyuanchen0/dtm lightning_module.py l.476-486 (901c244), same value, dense one-hot."""
     w, c = constants(logits, logits_a, x1, w, c)
-    logits = wide(logits)
+    logits = upcast(logits)
     log_z = logits.logsumexp(-1)  # (...)  log pi_theta(v) = logits_v - log_z
     hit = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
-    pi_a = wide(logits_a.detach()).softmax(-1)  # (..., V)
+    pi_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)
     base = (pi_a * logits).sum(-1) - log_z  # (...)  E_{v ~ pi_a} log pi_theta(v)
     return finite(-(c * base + (w - c) * hit), "c_dtm_loss")  # (D3)
 
@@ -124,7 +124,7 @@ def constants(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Number
     check(fits, f"expected logits and logits_a (..., V), x1 (...); got {shapes}")
     V = logits.shape[-1]
     check(((x1 >= 0) & (x1 < V)).all(), f"x1 must hold tokens below V = {V}; is a mask left?")
-    dtype = torch.promote_types(logits.dtype, torch.float32)  # that of `wide`, without its copy
+    dtype = torch.promote_types(logits.dtype, torch.float32)  # that of `upcast`, without its copy
     w = torch.as_tensor(w, dtype=dtype, device=logits.device).detach()
     c = torch.as_tensor(c, dtype=dtype, device=logits.device).detach()
     for name, t in {"w": w, "c": c}.items():
@@ -140,7 +140,7 @@ def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) 
     """Explicit tilt matching: (D3) to first order in h; r (...) broadcasts like w.
         T = pi_a + h r (e - pi_a),    which is (D3) at w = 1 and c = 1 - h r                 (D4)
     Minimiser, where that is >= 0: pi_a + h Cov_a(r, e | xt), an Euler step, off by O(h^2)."""
-    hr = h * wide(r)
+    hr = h * upcast(r)
     return c_dtm_loss(logits, logits_a, x1, torch.ones_like(hr), 1 - hr)
 
 
@@ -156,21 +156,26 @@ def self_consistent_loss(
     return to_teacher + c_dtm_loss(logits, logits, x1, torch.zeros_like(w), c=1 - w / c)
 
 
-def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
+def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
     """Mean of a dense (B, L) or gathered (M,) loss over each row's trained positions, then over
     rows. Of -log pi_theta(x1_i) under `mask_random` it is one L-th of the order-agnostic bound:
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i|xt)]  >=  -log rho_theta(x1)    (D6)"""
     if loss.shape == mask.shape:
         loss = loss[mask]
     count = mask.sum(-1, keepdim=True)  # (B, 1)
-    check((count > 0).all(), "row_mean: a row has no masked position, hence no loss; drop that row")
-    share = (1 / (count * len(mask)).to(wide(loss).dtype)).expand(mask.shape)[mask]  # (M,)
-    check(loss.shape == share.shape, f"row_mean: loss {[*loss.shape]} does not fit the mask")
+    check(
+        (count > 0).all(),
+        "mean_over_masked: a row has no masked position, hence no loss; drop that row",
+    )
+    share = (1 / (count * len(mask)).to(upcast(loss).dtype)).expand(mask.shape)[mask]  # (M,)
+    check(
+        loss.shape == share.shape, f"mean_over_masked: loss {[*loss.shape]} does not fit the mask"
+    )
     return (loss * share).sum()
 
 
 # ---- 3. The control variate ---------------------------------------------------------------------
-def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> Pair:
+def control_variate_targets(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> Pair:
     """Regression target y and weight q, each (...), of the best c(xt, i). Not in the paper.
     The logit gradient of (D3) is g = w (pi_theta - e) + c (e - pi_a). Its mean does not depend on
     c, so the best c(xt, i) minimises E|g|^2, a parabola in c:
@@ -180,21 +185,23 @@ def state_c_target(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> P
     each batch after its use; a bad fit costs variance alone, unless it learns x1 by heart."""
     w, _ = constants(logits, logits_a, x1, w)
     token = x1[..., None].long()
-    p = wide(logits.detach()).softmax(-1)  # (..., V)  pi_theta
-    p_a = wide(logits_a.detach()).softmax(-1)  # (..., V)  pi_a
+    p = upcast(logits.detach()).softmax(-1)  # (..., V)  pi_theta
+    p_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)  pi_a
     hit = p.gather(-1, token)[..., 0]  # (...)  pi_theta(x1_i)
     hit_a = p_a.gather(-1, token)[..., 0]  # (...)  pi_a(x1_i)
     q = (1 - 2 * hit_a + p_a.square().sum(-1)).clamp_min(1e-12)  # |e - pi_a|^2 without building e
     y = w * (1 - hit - hit_a + (p * p_a).sum(-1)) / q  # (e - pi_theta).(e - pi_a), likewise
-    return finite(y, "state_c_target"), q
+    return finite(y, "control_variate_targets"), q
 
 
-def best_c(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Numbers = 1.0) -> Tensor:
+def best_scalar_c(
+    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Numbers = 1.0
+) -> Tensor:
     """The best scalar c: it minimises the variance of the logit gradient of sum share * loss.
-        c* = sum share^2 q y / sum share^2 q    with q, y of (D7); `row_mean`: share = 1/k   (D8)
+        c* = sum share^2 q y / sum share^2 q    with q, y of (D7); `mean_over_masked`: share = 1/k   (D8)
     On its own batch c* correlates with e, a bias of O(1/batch): use the c* of earlier batches."""
-    y, q = state_c_target(logits, logits_a, x1, w)
-    return finite((share**2 * q * y).sum() / (share**2 * q).sum(), "best_c")
+    y, q = control_variate_targets(logits, logits_a, x1, w)
+    return finite((share**2 * q * y).sum() / (share**2 * q).sum(), "best_scalar_c")
 
 
 # ---- 4. Annealing -------------------------------------------------------------------------------
@@ -281,9 +288,9 @@ def sample(
 ) -> Iterator[Tensor]:
     """Unmasks xt (B, L); yields every state, xt first, the finished sample last.
     order     "random": positions at random; an exact draw from rho_theta with the defaults
-              "state", by certainty: the position of the highest top probability, then a draw
+              "top_prob": the position of the highest top probability, then a draw
               there; a consistent model keeps its law (per_step=1, temperature=1)
-              "confidence": draw everywhere, commit the draws of highest (noise-free, untempered)
+              "low_confidence": draw everywhere, commit the draws of highest (noise-free, untempered)
               probability, which sharpens the law. Reference: ML-GSAI/LLaDA generate.py
     block     decode blocks of this many positions from left to right (None: all at once)
     per_step  tokens a step and row; overruled by `steps` a block, of M // steps or one more each
@@ -311,8 +318,8 @@ def sample(
             token = draw(logits, temperature, generator)  # (M,)
             commit = where
             if order != "random":
-                p = wide(logits).softmax(-1)
-                sure = p.amax(-1) if order == "state" else p.gather(-1, token[:, None])[:, 0]
+                p = upcast(logits).softmax(-1)
+                sure = p.amax(-1) if order == "top_prob" else p.gather(-1, token[:, None])[:, 0]
                 certainty = p.new_full(where.shape, -1).masked_scatter(where, sure)
                 commit = where & (ranks(certainty) < quota)
             xt = torch.where(commit, xt.masked_scatter(where, token), xt)
@@ -323,7 +330,7 @@ def draw(logits: Tensor, temperature: float, generator: Noise) -> Tensor:
     """Tokens (M,) ~ softmax(logits / temperature) by Gumbel-max. Never in bfloat16: its noise ends
     at 5.5, the usual maximum at V = 126,464 is 11.7: rare tokens would never be drawn."""
     if temperature > 0:
-        logits = wide(logits) / temperature
+        logits = upcast(logits) / temperature
         logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
     best, token = logits.max(-1)
     check(best.isfinite().all(), "sample: a drawn logit is not finite; check model and temperature")
@@ -437,14 +444,14 @@ def main(V: int = 3, L: int = 3, h: float = 3.0) -> None:
     x1, states = all_sequences(V, L), all_sequences(V + 1, L)
     teacher = Table(exact_posterior(rho, states).log().clamp_min(-70))
     k = (states == V).sum(1, keepdim=True)
-    share = (states == V) / k.clamp_min(1)  # (S, L)  what `row_mean` weighs a position with
+    share = (states == V) / k.clamp_min(1)  # (S, L)  what `mean_over_masked` weighs a position with
     chance = 1 / torch.tensor([L * math.comb(L, n) for n in range(L + 1)]).double()[k]  # of a mask
     agree = ((states[:, None] == x1) | (states == V)[:, None]).all(-1)  # (S, N)
     joint = agree * rho * chance  # (S, N)  how often training meets the two (k = 0: unused)
     given = joint / joint.sum(1, keepdim=True)  # (S, N)  law of x1 at a given state
     logits_a = teacher(states).detach()[:, None].expand(-1, len(x1), L, V)  # (S, N, L, V)
     batch = (logits_a, x1.expand(len(states), -1, L), w[:, None].expand(len(states), -1, L))
-    y, q = state_c_target(logits_a, *batch)  # (S, N, L) each
+    y, q = control_variate_targets(logits_a, *batch)  # (S, N, L) each
     q = q * joint[..., None] * share[:, None] ** 2
     choices = {"0": 0, "0.5": 0.5, "1": 1, "2": 2, "best scalar c": (q * y).sum() / q.sum()}
     choices["best c(xt, i)"] = (q * y).sum(1) / q.sum(1).clamp_min(1e-30)  # (S, L)  (D7)
@@ -476,7 +483,7 @@ def train(teacher: Table, rho: Tensor, w: Tensor, c: Tensor, seed: int) -> Table
         xt, mask = mask_random(x1, V, noise)
         loss = c_dtm_loss(student(xt), teacher(xt), x1, w[i, None], c[state_number(xt, V)])
         optimiser.zero_grad()
-        row_mean(loss, mask).backward()
+        mean_over_masked(loss, mask).backward()
         optimiser.step()
     return student.requires_grad_(False)
 

@@ -232,8 +232,8 @@ def test_D6_row_mean_dense_equals_gathered_equals_a_mean_of_means():
     mask = torch.rand(5, 4, generator=g) < 0.5
     mask[:, 0] = True
     by_rows = sum(loss[b][mask[b]].mean() for b in range(5)) / 5
-    close(dtm.row_mean(loss, mask), by_rows, atol=1e-6)
-    close(dtm.row_mean(loss[mask], mask), by_rows, atol=1e-6)
+    close(dtm.mean_over_masked(loss, mask), by_rows, atol=1e-6)
+    close(dtm.mean_over_masked(loss[mask], mask), by_rows, atol=1e-6)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 126_464])
@@ -254,7 +254,7 @@ def test_D3_in_every_precision_and_vocabulary(dtype, vocabulary):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_gives_one_sentence(value):
     bad, x1 = torch.tensor([[0.0, value], [value, value]]), torch.tensor([0, 0])
-    for loss in (dtm.c_dtm_loss, dtm.self_consistent_loss, dtm.etm_loss, dtm.best_c):
+    for loss in (dtm.c_dtm_loss, dtm.self_consistent_loss, dtm.etm_loss, dtm.best_scalar_c):
         with pytest.raises(ValueError, match="^[a-z_]+: the result is not finite: .*by -1e4.*$"):
             loss(bad, bad, x1, torch.ones(2), 1.0)
     model = dtm.Table(torch.full((9, 2, 2), value))
@@ -326,7 +326,7 @@ def test_D8_best_c_is_the_argmin_of_the_gradient_variance():
     variance = [logit_gradients(logits, logits_a, x1, w, c).var(0).sum() for c in (0.0, 1.0, 2.0)]
     bend = (variance[0] - 2 * variance[1] + variance[2]) / 2  # three points of a parabola in c
     slope = (4 * variance[1] - 3 * variance[0] - variance[2]) / 2
-    best = dtm.best_c(logits, logits_a, x1, w).item()
+    best = dtm.best_scalar_c(logits, logits_a, x1, w).item()
     argmin = (-slope / (2 * bend)).item()
     assert best == pytest.approx(argmin, abs=0.03)  # sd of the difference: .006
 
@@ -337,13 +337,13 @@ def test_D7_regression_minimises_the_second_moment_pointwise():
     logits_a = torch.randn(50, 6, generator=g).double()
     x1 = torch.randint(6, (50,), generator=g)
     w = torch.rand(50, generator=g).double() * 3
-    y, q = dtm.state_c_target(logits, logits_a, x1, w)
+    y, q = dtm.control_variate_targets(logits, logits_a, x1, w)
     at_best, above, below = [
         logit_gradients(logits, logits_a, x1, w, c).square().sum(-1) for c in (y, y + 1, y - 2)
     ]
     close(above - at_best, q)  # q (c - y)^2 + const, and so is
     close(below - at_best, 4 * q)  # the minimum at y
-    close(dtm.state_c_target(logits_a, logits_a, x1, w)[0], w, rtol=1e-6)
+    close(dtm.control_variate_targets(logits_a, logits_a, x1, w)[0], w, rtol=1e-6)
 
 
 # ---- the exact oracles ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import product
 
 import pytest
 import torch
-from helpers import L, V, counts_of, digits, draw, last, law_of, rejects, table
+from theory_helpers import L, V, counts_of, digits, draw, last, law_of, rejects, table
 from torch import Generator
 
 import dtm
@@ -170,8 +170,8 @@ def sample_with(**settings):
         (lambda: dtm.tilt_weight(torch.tensor([1.0, 50.0]), 2.0), "overflows"),
         (lambda: dtm.tilt_weight(torch.tensor([1.0, math.nan]), 2.0), "not finite"),
         (lambda: dtm.tilt_weight(torch.ones(4), 2.0, True, torch.ones(3)), "must match r"),
-        (lambda: dtm.row_mean(torch.ones(2, 3), LAST_ROW_EMPTY), "no masked position"),
-        (lambda: dtm.row_mean(torch.ones(4), torch.ones(2, 3).bool()), "does not fit"),
+        (lambda: dtm.mean_over_masked(torch.ones(2, 3), LAST_ROW_EMPTY), "no masked position"),
+        (lambda: dtm.mean_over_masked(torch.ones(4), torch.ones(2, 3).bool()), "does not fit"),
         (lambda: dtm.mask_random(X1, 0), "already holds the mask"),
         (lambda: dtm.mask_random(X1[0], 9), "x1 must be"),
         (lambda: dtm.mask_blockwise(X1, 9, 2), "must divide"),
