@@ -1,0 +1,1 @@
+"""What `llada_finetune.py` stands on: one subject per file."""
