@@ -1,256 +1,446 @@
-"""Discrete Tilt Matching (arXiv 2604.18739): the mathematics, one idea a function, torch only.
+"""Discrete Tilt Matching (DTM, arXiv 2604.18739): the mathematics, in torch and nothing else.
 
-A masked diffusion language model writes a sequence by unmasking it position by position. DTM tunes
-it to a reward r without sequence likelihoods: it moves the model through tilted laws in small steps
-h, and each step is a weighted cross-entropy at partly masked states.
+A MASKED DIFFUSION MODEL is a network that fills in masked tokens. It writes a sequence of L tokens
+in L steps: it starts from L masks, and each step picks a masked position at random and draws a
+token there from the softmax of the network's logits. To train it, one masks random tokens of a
+finished sequence, and the network learns to predict them from the tokens that are left.
 
-GLOSSARY      shape      meaning                                                     place
-V, L, k, M               vocabulary; completion length (no prompt); masks in a row, in the batch
-x1            (B, L)     finished sequences, drawn from rho_a
-xt, mask      (B, L)     a state: x1 with some positions replaced by MASK; mask: those to train
-rho_a(x)      (V**L,)    law of the sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
-pi_a(v|xt,i)  (..., V)   unmasking posterior P(x1_i = v | xt) under rho_a            Prop 3.3, (D2)
-logits        (..., V)   the student's: softmax pi_theta, law rho_theta; logits_a: the teacher's
-e             (..., V)   the one-hot vector of x1_i (never built)
-r, h          (B,), one  reward; tilt increment, from a to a + h
-w             (B,)       weight e^{h r(x1)}; Z = E_a[w], Z(xt) = E_a[w|xt]; E_a: mean under rho_a
-c             as x1      control-variate weight, a number or one a position          Prop 3.3, (D3)
+    sampling   _ _ _ _   ->   _ B _ _   ->   _ B _ A   ->   C B _ A   ->   C B D A
+    masking    C B D A   ->   C _ D _        The loss trains the predictions at the two masks.
 
-THE ALGORITHM (`tilt` of maze_lab.py and `train` of llada_finetune.py run it)
-1. start at a = 0 with teacher = student = the base model
-2. draw x1 from the teacher (`sample`), score it, weigh it by w = e^{h r} (`tilt_weight`)
-3. mask it (`mask_random` or `mask_blockwise`)
-4. step on `mean_over_masked` of `c_dtm_loss`, with student and teacher logits at the masked positions
-5. after a phase's budget of steps: a <- a + h, teacher <- student, and again from 2
-6. stop at a = a_end (`phases`; `next_h` lets the rewards choose h)
+DTM takes such a model and a reward r(x) for finished sequences. The model writes x with probability
+rho_0(x). DTM trains it until this probability is proportional to rho_0(x) e^{A r(x)}. The new
+distribution rho_A is a tilt of rho_0: it prefers a high reward, and it keeps sequences of equal
+reward in proportion. DTM never computes the probability of a whole sequence, a sum over L! orders.
 
-THE MODEL PROTOCOL: model(xt, where=None) returns logits (B, L, V), or, given a boolean (B, L) mask,
-those positions' logits (M, V) in row-major order. For the oracles MASK = V, sequences are base-V
-numbers, most significant digit first, and laws are flat (V**L,). Half precision is reduced in
-float32, float64 in float64. What is bad or not finite raises ValueError. (D1), (D2), ... are
-numbered here, (D10) in figures/objectives.py; Prop 3.3 is the paper's number.
+GLOSSARY
+V, L, B        the size of the vocabulary; the length of a sequence, without a prompt; of a batch
+x1     (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
+xt     (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
+mask   (B, L)  True at the masked positions that are trained: k of them in a row, M in the batch
+r, h           the reward r(x1) of each sequence, (B,); the tilt increment of a phase, a number
+rho_a          the distribution of sequences at tilt a, proportional to rho_0 e^{a r}          (D1)
+teacher        a frozen model that draws x1 from rho_a; its logits are called logits_a
+student        the model that is trained towards tilt a + h; its logits are called logits
+pi_a     (V,)  the posterior pi_a(v | xt, i) = P(x1_i = v | xt), if x1 was drawn from rho_a; the
+               teacher computes it as softmax(logits_a) at position i of xt
+pi_theta (V,)  the student's posterior, softmax(logits); rho_theta is its distribution of sequences
+e        (V,)  the one-hot vector of the token x1_i, which the code never builds
+E_a            the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
+w, Z           the weight e^{h r(x1)} of each sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
+c              the weight of the control variate c (pi_a - e): a number, or one per position
+T        (V,)  the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                 (D3)
+
+The equations are numbered (D1) to (D12) here; (D10) stands in figures/objectives.py. Prop 3.3 is
+the paper's number. "Ours" marks what we added to the paper's method.
+
+THE ALGORITHM, which `tilt_matching` runs below
+1. The student is the base model, and the tilt a is 0.
+2. The teacher is a frozen copy of the student. It draws sequences x1, each with a weight e^{h r}.
+3. Some tokens of a batch of x1 are masked, which gives xt.
+4. The student takes a gradient step on the loss (D3) at the masked positions.
+5. After some repetitions of 3 and 4 the phase ends: a becomes a + h, and step 2 begins another.
+6. The algorithm ends when a reaches its final value A.
+
+THE MODEL PROTOCOL. model(xt) returns the logits at all positions, (B, L, V). With a boolean mask
+(B, L), model(xt, mask) returns those where it is True, (M, V), row by row.
+
+Half precision is reduced in float32, and float64 in float64. Wrong shapes raise ValueError. No loss
+checks its values, since a GPU waits for every such check: the training loop checks once per step
+that the loss is finite.
 """
 
+import copy
 import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
-Numbers = Tensor | float  # one number, or one a row or position
-Pair = tuple[Tensor, Tensor]
-Noise = Generator | None
-Device = torch.device | str | None
-ORDERS = ("random", "top_prob", "low_confidence")  # of decoding, see `sample`
-
-
-def upcast(x: Tensor) -> Tensor:
-    """float64 stays; everything else becomes float32."""
-    return x if x.dtype == torch.float64 else x.float()
+ORDERS = ("random", "top_prob", "low_confidence")  # the decoding orders of `sample`
 
 
 def check(ok: bool | Tensor, message: str) -> None:
+    """Raise ValueError with this message unless ok is true."""
     if not ok:
         raise ValueError(message)
 
 
-def finite(x: Tensor, name: str) -> Tensor:
-    """x, checked, as it is smaller than the logits: one of -inf would put 0 * -inf into a loss."""
-    why = "NaN, inf or huge numbers came in, or no position; ban a token by -1e4, not by -inf"
-    check(x.isfinite().all(), f"{name}: the result is not finite: {why}")
-    return x
+def upcast(x: Tensor) -> Tensor:
+    """Return x in float64 if that is its type, and else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
-# ---- 1. The tilt --------------------------------------------------------------------------------
-def tilt_weight(r: Tensor, h: float, normalize: bool = False, group: Tensor = None) -> Tensor:
-    """The weight w (B,) that carries rho_a to rho_{a+h}, for rewards r (B,).
+# ---- 1. The algorithm ---------------------------------------------------------------------------
+# The six steps in one function, for any model that follows the protocol above. `maze_lab.tilt` and
+# `llada_finetune.train` are the same loop with measurements, and with many processes.
+def tilt_matching(
+    model: nn.Module,
+    reward: Callable[[Tensor], Tensor],
+    mask_id: int,
+    length: int,
+    *,
+    a_end: float = 8.0,
+    h: float = 1.0,
+    c: float = 1.0,
+    rollouts: int = 1024,
+    steps: int = 200,
+    batch: int = 128,
+    lr: float = 1e-3,
+    normalize: bool = True,
+    generator: Generator | None = None,
+    watch: Callable[[float, Tensor, nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train the model in place until it samples from rho_A ~ rho_0 e^{A r}, and return it.
+
+    model      rho_0; the function trains those of its parameters that require gradients
+    reward     takes finished sequences (n, length), integers, and returns their rewards (n,)
+    a_end, h   the final tilt A, and its increment in each phase
+    rollouts   the number of sequences that the teacher draws in each phase
+    steps      the number of gradient steps in each phase, on `batch` of these sequences each
+    lr         the peak of the learning rate, which falls to 0 in each phase
+    normalize  divide the weights of a phase by their mean, see `tilt_weight`
+    generator  the source of randomness, on the model's device (None: a new one with seed 0)
+    watch      after each phase, is called with the tilt a and the rewards of its rollouts, and with
+               the model at its end
+
+    Raise ValueError if no parameter can be trained, or if a reward or a loss is not finite.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    check(trained, "tilt_matching: no parameter requires a gradient; call model.requires_grad_()")
+    device = trained[0].device
+    generator = generator or Generator(device).manual_seed(0)
+    optimiser = torch.optim.Adam(trained, betas=(0.9, 0.99))
+    blank = torch.full((rollouts, length), mask_id, device=device)
+    for a, increment in phases(a_end, h):  # steps 1, 5 and 6
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)  # step 2
+        *_, x1 = sample(teacher, blank, mask_id, generator=generator)  # (rollouts, L)
+        rewards = torch.as_tensor(reward(x1), device=device)
+        got = f"tilt_matching: the reward returned the shape {[*rewards.shape]}"
+        check(rewards.shape == (rollouts,), f"{got}; return one number per row of x1")
+        w = tilt_weight(rewards, increment, normalize)  # (rollouts,)
+        peak = lr * (1 - 0.8 * a / a_end)  # the later the phase, the less there is to move
+        for step in range(steps):
+            i = torch.randint(rollouts, (batch,), generator=generator, device=device)
+            xt, mask = mask_random(x1[i], mask_id, generator)  # step 3
+            w_masked = w[i, None].expand(mask.shape)[mask]  # (M,)
+            with torch.no_grad():
+                logits_a = teacher(xt, mask)  # (M, V)
+            loss = c_dtm_loss(model(xt, mask), logits_a, x1[i][mask], w_masked, c)  # (M,)  step 4
+            take_step(optimiser, mean_over_masked(loss, mask), peak * (1 - step / steps))
+        if watch:
+            watch(a, rewards, model)
+    return model
+
+
+def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """Take one step on a finite loss, with the gradient clipped to norm 1."""
+    advice = "lower lr or h, and ban a token by the logit -1e4, not by -inf"
+    check(loss.isfinite(), f"the loss of this step is {loss.item()}; {advice}")
+    group = optimiser.param_groups[0]
+    group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimiser.step()
+
+
+# ---- 2. The tilt --------------------------------------------------------------------------------
+# To tilt a distribution means to multiply it by an exponential of the reward. Tilts add up: a tilt
+# by h of the tilt by a is the tilt by a + h, so that many small steps lead to a large tilt.
+def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
+    """Return the weights that carry rho_a to rho_{a+h}, (B,), for the rewards r (B,).
+
         rho_{a+h}(x) = rho_a(x) e^{h r(x)} / Z,    Z = E_a[e^{h r}]                          (D1)
-    normalize: divide by the batch mean or, with group (B,) of prompt ids, by each prompt's mean.
-    Not in the paper. Dividing by a prompt's E[w] moves no minimiser (its estimate does, by
-    O(1/completions)). With E[w] = 1, c = 1 is near the best at moderate h; raw w outgrow it."""
-    log_w = h * upcast(torch.as_tensor(r))
+
+    normalize  return w / mean(w) instead of w = e^{h r} (ours); it cannot overflow
+
+    Raise ValueError if h r or a weight is not finite.
+
+    Why normalize: the minimiser of the loss does not depend on the scale of w, up to an error
+    O(1/B), because mean(w) only estimates Z. With E_a[w] = 1 the value c = 1 is close to the best
+    for a moderate h, whereas raw weights outgrow it.
+    """
+    log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
-    if normalize:
-        return normalized_exp(log_w, torch.zeros_like(log_w) if group is None else group)
-    overflow = f"tilt_weight: e^(h r) overflows {log_w.dtype}; lower h or pass normalize=True"
-    check(log_w.exp().isfinite().all(), overflow)
-    return log_w.exp()
+    if not normalize:
+        w = log_w.exp()
+        overflow = f"tilt_weight: e^(h r) overflows {w.dtype}; lower h or pass normalize=True"
+        check(w.isfinite().all(), overflow)
+        return w
+    w = (log_w - log_w.max()).exp()
+    # This sum runs in the order of the batch. w.mean() rounds differently, and the committed digits
+    # of the maze lab depend on the rounding.
+    one_group = torch.zeros_like(w, dtype=torch.long)
+    return w / w.new_zeros(1).scatter_reduce(0, one_group, w, "mean", include_self=False)
 
 
-def normalized_exp(log_w: Tensor, group: Tensor) -> Tensor:
-    """e^log_w over its mean, in each group; a group's largest log_w is taken out before exp."""
-    check(group.shape == log_w.shape, f"tilt_weight: group {[*group.shape]} must match r")
-    ids, which = group.unique(return_inverse=True)
-    out = log_w.new_zeros(ids.shape)
-    top = out.scatter_reduce(0, which.flatten(), log_w.flatten(), "amax", include_self=False)
-    w = (log_w - top[which]).exp()
-    mean = out.scatter_reduce(0, which.flatten(), w.flatten(), "mean", include_self=False)
-    return w / mean[which]
+# ---- 3. The loss --------------------------------------------------------------------------------
+# The posteriors of rho_{a+h} are ratios of two means under rho_a, by Bayes' rule. A cross-entropy
+# with the right target learns these ratios from samples of rho_a.
+#
+#     pi_{a+h}(v | xt, i) = E_a[w 1{x1_i = v} | xt] / E_a[w | xt]                            (D2)
+#     loss = - sum_v T(v) log pi_theta(v),    T = c pi_a + (w - c) e                         (D3)
+#
+# (D2) is Bayes' rule. Let q(xt | x1) be the probability that the masking turns x1 into xt. Then
+#     rho_{a+h}(x1 | xt) = q(xt | x1) rho_{a+h}(x1) / (the sum of this over x1)
+#                        = q(xt | x1) rho_a(x1) w(x1) / (the sum of this over x1)       by (D1)
+#                        = rho_a(x1 | xt) w(x1) / E_a[w | xt],
+# and the sum of the last line over all x1 with x1_i = v is (D2).
+#
+# The minimiser of a cross-entropy is its mean target, normalised. With S = sum_v E[T(v) | xt],
+#     E[loss | xt] = - sum_v E[T(v) | xt] log pi_theta(v)
+#                  = S KL(E[T | xt] / S || pi_theta) + a number without pi_theta,
+# which is smallest at pi_theta = E[T | xt] / S, provided that E[T | xt] >= 0.
+#
+# c does not move the minimiser. Given xt, the token x1_i is distributed as pi_a. So E_a[e | xt] is
+# pi_a, the control variate c (pi_a - e) has mean zero, and E_a[T | xt] = E_a[w e | xt]. This is
+# Z(xt) pi_{a+h} by (D2). What c changes is the variance, see section 4. c may depend on xt and i,
+# but not on the tokens behind the masks.
+#
+# The assumption: a consistent teacher. We used that softmax(logits_a) is the posterior E_a[e | xt]
+# of the distribution that x1 was drawn from. A network satisfies this only approximately. Example:
+# there are two positions and two tokens. The teacher tosses a coin for the first token, whether the
+# second is known or not. It tosses a coin for the second if the first is unknown, and else copies
+# the first. In random order it writes 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under
+# this distribution the second token copies a known first one with probability 3/4, not 1. With
+# c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt of the
+# distribution that drew x1. Otherwise the mean target is wrong by c (pi_a - E_a[e | xt]).
+#
+# What DTM needs of the corruption. The derivations use only that q(xt | x1) is the same at every
+# tilt: xt may depend on the reward only through x1. So the loss, with any c, is also right for
+# uniform-state diffusion and block diffusion, if the teacher computes the posterior of x1_i given
+# xt under their corruption.
+#
+# The sign of T. For c >= 0 the loss of one sample is unbounded below if T(x1_i) < 0, which means
+# w < c (1 - pi_a(x1_i)), and otherwise it is bounded. For a consistent teacher the mean over all x1
+# is bounded, but the mean over finitely many x1 need not be. Rewards r >= 0, weights that are not
+# normalised, and 0 <= c <= 1 keep T >= 0.
+def c_dtm_loss(
+    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
+) -> Tensor:
+    """Return the loss of c-DTM (Prop 3.3), (...), whose minimiser is the tilted posterior.
 
+        loss = - sum_v T(v) log pi_theta(v),    T = c pi_a + (w - c) e                       (D3)
 
-# ---- 2. The loss --------------------------------------------------------------------------------
-def c_dtm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbers = 1.0) -> Tensor:
-    """c-DTM (Prop 3.3): a weighted cross-entropy whose minimiser is the tilted posterior.
-        pi_{a+h}(v|xt,i) = E_a[w 1{x1_i = v} | xt] / E_a[w | xt]      posterior identity     (D2)
-        T(v) = c pi_a(v) + (w - c) 1{x1_i = v},    loss = - sum_v T(v) log pi_theta(v)       (D3)
+    logits, logits_a  (..., V): the student's and the teacher's, either at all positions, (B, L, V),
+                      or at the masked positions only, (M, V), which is far cheaper
+    x1                (...), integers: the token that was masked at each position
+    w, c              numbers, or tensors that broadcast to x1; no gradient flows into them
 
-    logits, logits_a  (..., V)  student, teacher; dense (B, L, V) or, far cheaper, gathered (M, V)
-    x1                (...)     finished tokens, integer
-    w, c              broadcast to x1, constants of the graph; returns the loss (...)
-
-    Why c is free: given xt, e has mean pi_a, so E_a[T | xt] = E_a[w e | xt], which is (D2) times
-    Z(xt). c moves the variance alone, and may depend on (xt, i) but on nothing of x1 behind the
-    masks. A free c asks for exact draws x1 (see `sample`), masks blind to token values, and a
-    consistent teacher: pi_a is the posterior of the law that drew x1. A net's conditionals are
-    never quite those of one law: c = 0 still tilts the rollouts' law exactly, c > 0 adds a pull
-    c (pi_a - that law's posterior), a bias (`python dtm.py` shows it). For c >= 0 one sample's loss
-    is unbounded below iff T(x1_i) < 0: w < c (1 - pi_a(x1_i)). Its mean given xt is bounded below
-    for a consistent teacher, but not over a finite buffer. r >= 0 (a tilt ignores constants), raw w
-    and 0 <= c <= 1 keep T >= 0.
-    Official: yuyuanchen0/dtm lightning_module.py l.476-486 (901c244), same value, dense one-hot."""
-    w, c = constants(logits, logits_a, x1, w, c)
-    logits = upcast(logits)
-    log_z = logits.logsumexp(-1)  # (...)  log pi_theta(v) = logits_v - log_z
-    hit = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
+    Raise ValueError if the shapes do not fit.
+    Source: lightning_module.py, lines 476-486, in the authors' code (github.com/yuyuanchen0/dtm,
+    commit 901c244). It has the same value and builds one-hot vectors.
+    """
+    w, c = as_constants(logits, logits_a, x1, w=w, c=c)
+    logits = upcast(logits)  # (..., V)
+    # log_z is more accurate than log_softmax: for V = 126,464 in float32 by a factor of 3 to 40.
+    log_z = logits.logsumexp(-1)  # (...)     log pi_theta(v) = logits(v) - log_z
+    log_p_x1 = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
     pi_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)
-    base = (pi_a * logits).sum(-1) - log_z  # (...)  E_{v ~ pi_a} log pi_theta(v)
-    return finite(-(c * base + (w - c) * hit), "c_dtm_loss")  # (D3)
+    teacher_term = (pi_a * logits).sum(-1) - log_z  # (...)  sum_v pi_a(v) log pi_theta(v)
+    return -(c * teacher_term + (w - c) * log_p_x1)  # (...)  (D3)
 
 
-def constants(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbers = 1.0) -> Pair:
-    """w and c as constants of the graph, once the input of a loss has been checked."""
+def as_constants(
+    logits: Tensor, logits_a: Tensor, x1: Tensor, **values: Tensor | float
+) -> list[Tensor | float]:
+    """Return the values as constants of the graph, in the type of `upcast`, if all shapes fit."""
     shapes = f"{tuple(logits.shape)}, {tuple(logits_a.shape)}, {tuple(x1.shape)}"
     fits = logits.shape == logits_a.shape and logits.shape[:-1] == x1.shape
-    check(fits, f"expected logits and logits_a (..., V), x1 (...); got {shapes}")
-    V = logits.shape[-1]
-    check(((x1 >= 0) & (x1 < V)).all(), f"x1 must hold tokens below V = {V}; is a mask left?")
-    dtype = torch.promote_types(logits.dtype, torch.float32)  # that of `upcast`, without its copy
-    w = torch.as_tensor(w, dtype=dtype, device=logits.device).detach()
-    c = torch.as_tensor(c, dtype=dtype, device=logits.device).detach()
-    for name, t in {"w": w, "c": c}.items():
-        sizes = zip(t.shape[::-1], x1.shape[::-1], strict=False)
-        fits = t.dim() <= x1.dim() and all(size in (1, full) for size, full in sizes)
-        shapes = f"{name} {tuple(t.shape)} does not broadcast to x1 {tuple(x1.shape)}"
-        check(fits, f"{shapes}; a value per row needs [:, None]")
-        check(t.isfinite().all(), f"{name} must be finite; check the rewards and h")
-    return w, c
+    check(fits, f"expected logits and logits_a (..., V) and x1 (...), but got {shapes}")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    constants = []
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            sizes = zip(value.shape[::-1], x1.shape[::-1], strict=False)
+            fits = value.dim() <= x1.dim() and all(size in (1, full) for size, full in sizes)
+            shapes = f"{name} {tuple(value.shape)} does not broadcast to x1 {tuple(x1.shape)}"
+            check(fits, f"{shapes}; give it one value per position, or per row as [:, None]")
+            value = value.detach().to(logits.device, dtype)
+        constants.append(value)
+    return constants
 
 
 def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) -> Tensor:
-    """Explicit tilt matching: (D3) to first order in h; r (...) broadcasts like w.
-        T = pi_a + h r (e - pi_a),    which is (D3) at w = 1 and c = 1 - h r                 (D4)
-    Minimiser, where that is >= 0: pi_a + h Cov_a(r, e | xt), an Euler step, off by O(h^2)."""
+    """Return the loss of explicit tilt matching, (...): (D3) to first order in h.
+
+        T = pi_a + h r (e - pi_a),    which is (D3) with w = 1 and c = 1 - h r               (D4)
+
+    r is the reward, (...), which broadcasts to x1; the other arguments are those of `c_dtm_loss`.
+    Where it is not negative, the minimiser is pi_a + h Cov_a(r, e | xt). This is an Euler step of
+    the tilt, with an error O(h^2).
+    """
     hr = h * upcast(r)
-    return c_dtm_loss(logits, logits_a, x1, torch.ones_like(hr), 1 - hr)
+    return c_dtm_loss(logits, logits_a, x1, 1.0, 1 - hr)
 
 
 def self_consistent_loss(
-    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, c: Numbers = 1.0
+    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
 ) -> Tensor:
-    """The fixed-point form with a stop-gradient sg; shapes as `c_dtm_loss`, c > 0.
+    """Return the loss of the fixed-point form, (...), where sg stops the gradient.
+
         E_a[w (e - pi_{a+h}) | xt] = 0    gives    T = pi_a + (w / c - 1)(e - sg pi_theta)   (D5)
-    Sample by sample its logit gradient is 1/c times that of `c_dtm_loss`."""
-    w, c = constants(logits, logits_a, x1, w, c)
-    check((c > 0).all(), "self_consistent_loss: c must be positive")
-    to_teacher = c_dtm_loss(logits, logits_a, x1, torch.ones_like(w), c=1.0)  # T = pi_a
-    return to_teacher + c_dtm_loss(logits, logits, x1, torch.zeros_like(w), c=1 - w / c)
+
+    c is positive; the other arguments are those of `c_dtm_loss`. The gradient with respect to the
+    logits is, sample by sample, 1/c times that of `c_dtm_loss`.
+    """
+    w, c = as_constants(logits, logits_a, x1, w=w, c=c)
+    to_teacher = c_dtm_loss(logits, logits_a, x1, w=1.0, c=1.0)  # T = pi_a
+    return to_teacher + c_dtm_loss(logits, logits, x1, w=0.0, c=1 - w / c)
 
 
 def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
-    """Mean of a dense (B, L) or gathered (M,) loss over each row's trained positions, then over
-    rows. Of -log pi_theta(x1_i) under `mask_random` it is one L-th of the order-agnostic bound:
-        L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i|xt)]  >=  -log rho_theta(x1)    (D6)"""
+    """Return the mean over rows of each row's mean loss over its masked positions, a scalar.
+
+    loss  (B, L) at all positions, or (M,) at the masked positions
+    mask  (B, L), boolean, True at the masked positions that are trained
+
+    Raise ValueError if a row has no such position.
+
+    A likelihood needs this mean. For the loss -log pi_theta(x1_i) and the masks of `mask_random`,
+    its expectation is one L-th of a bound, where k is the number of masks in a row:
+        L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
+    """
     if loss.shape == mask.shape:
         loss = loss[mask]
     count = mask.sum(-1, keepdim=True)  # (B, 1)
-    check(
-        (count > 0).all(),
-        "mean_over_masked: a row has no masked position, hence no loss; drop that row",
-    )
+    check((count > 0).all(), "mean_over_masked: a row has no masked position; drop that row")
     share = (1 / (count * len(mask)).to(upcast(loss).dtype)).expand(mask.shape)[mask]  # (M,)
-    check(
-        loss.shape == share.shape, f"mean_over_masked: loss {[*loss.shape]} does not fit the mask"
-    )
+    fits = loss.shape == share.shape
+    check(fits, f"mean_over_masked: the loss {[*loss.shape]} has no entry per masked position")
     return (loss * share).sum()
 
 
-# ---- 3. The control variate ---------------------------------------------------------------------
-def control_variate_targets(logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor) -> Pair:
-    """Regression target y and weight q, each (...), of the best c(xt, i). Not in the paper.
-    The logit gradient of (D3) is g = w (pi_theta - e) + c (e - pi_a). Its mean does not depend on
-    c, so the best c(xt, i) minimises E|g|^2, a parabola in c:
-        E|g|^2 = E[q (c - y)^2] + const,    q = |e - pi_a|^2,    y = w (e - pi_theta).(e - pi_a) / q
-        c*(xt, i) = E[q y | xt, i] / E[q | xt, i]                                            (D7)
-    At theta = a (pass logits_a twice) y = w. A small net learns c* from (q * (c - y)**2).mean() on
-    each batch after its use; a bad fit costs variance alone, unless it learns x1 by heart."""
-    w, _ = constants(logits, logits_a, x1, w)
+# ---- 4. The control variate ---------------------------------------------------------------------
+# The mean gradient does not depend on c, but its variance does, as a parabola. The best c can be
+# computed or learned from samples; both are ours.
+def control_variate_targets(
+    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float
+) -> tuple[Tensor, Tensor]:
+    """Return the target y and the weight q, each (...), of a regression that learns the best c.
+
+        q = |e - pi_a|^2,    y = w (e - pi_theta).(e - pi_a) / q
+        c*(xt, i) = E_a[q y | xt, i] / E_a[q | xt, i]                                        (D7)
+
+    The arguments are those of `c_dtm_loss`.
+
+    Why: the gradient of (D3) with respect to the logits is g = w (pi_theta - e) + c (e - pi_a). Its
+    mean does not depend on c, so its variance is smallest where E|g|^2 is, and
+        E|g|^2 = E[q (c - y)^2] + a number without c.
+    To learn c*(xt, i), minimise the mean of q (c - y)^2 over each batch after c was used on it. A
+    bad fit only adds variance. With the teacher's logits in place of the student's, y = w.
+    """
+    (w,) = as_constants(logits, logits_a, x1, w=w)
     token = x1[..., None].long()
-    p = upcast(logits.detach()).softmax(-1)  # (..., V)  pi_theta
-    p_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)  pi_a
-    hit = p.gather(-1, token)[..., 0]  # (...)  pi_theta(x1_i)
-    hit_a = p_a.gather(-1, token)[..., 0]  # (...)  pi_a(x1_i)
-    q = (1 - 2 * hit_a + p_a.square().sum(-1)).clamp_min(1e-12)  # |e - pi_a|^2 without building e
-    y = w * (1 - hit - hit_a + (p * p_a).sum(-1)) / q  # (e - pi_theta).(e - pi_a), likewise
-    return finite(y, "control_variate_targets"), q
+    pi_theta = upcast(logits.detach()).softmax(-1)  # (..., V)
+    pi_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)
+    pi_theta_x1 = pi_theta.gather(-1, token)[..., 0]  # (...)
+    pi_a_x1 = pi_a.gather(-1, token)[..., 0]  # (...)
+    q = (1 - 2 * pi_a_x1 + pi_a.square().sum(-1)).clamp_min(1e-12)  # |e - pi_a|^2, expanded
+    y = w * (1 - pi_theta_x1 - pi_a_x1 + (pi_theta * pi_a).sum(-1)) / q
+    return y, q
 
 
 def best_scalar_c(
-    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor, share: Numbers = 1.0
+    logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, share: Tensor | float = 1.0
 ) -> Tensor:
-    """The best scalar c: it minimises the variance of the logit gradient of sum share * loss.
-        c* = sum share^2 q y / sum share^2 q    with q, y of (D7); `mean_over_masked`: share = 1/k   (D8)
-    On its own batch c* correlates with e, a bias of O(1/batch): use the c* of earlier batches."""
+    """Return the number c that minimises the variance of the gradient, a scalar.
+
+        c* = sum share^2 q y / sum share^2 q,    with q and y of (D7)                        (D8)
+
+    The gradient is that of sum share * loss with respect to the logits, so share is the weight of a
+    position, (...): 1/k for `mean_over_masked`. The other arguments are those of `c_dtm_loss`.
+
+    Use the c* of earlier batches: on its own batch, c* depends on e, which biases the gradient by
+    O(1/batch).
+    """
     y, q = control_variate_targets(logits, logits_a, x1, w)
-    return finite((share**2 * q * y).sum() / (share**2 * q).sum(), "best_scalar_c")
+    return (share**2 * q * y).sum() / (share**2 * q).sum()
 
 
-# ---- 4. Annealing -------------------------------------------------------------------------------
+# ---- 5. Annealing -------------------------------------------------------------------------------
+# A large increment leaves few samples with a weight that counts, so the tilt is reached in phases.
+# Their increments h are equal, or the rewards of the samples choose them.
 def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> float:
-    """The largest h <= h_max whose weights keep an effective sample size of at least `ess`.
-        ESS(h) = (E e^{h r})^2 / E e^{2 h r},    a share of the sample, in (0, 1]            (D9)
-    r (n,) are the teacher's rewards; p (n,), of sum 1, their chances if r lists outcomes, no draws.
-    Bisection: log ESS = 2 K(h) - K(2h) falls in h, as the cumulant function K of r is convex."""
-    given = f"next_h: needs 0 < ess <= 1 (got {ess:g}), h_max >= 0 (got {h_max:g}), finite rewards"
-    check(0 < ess <= 1 and 0 <= h_max < math.inf and r.numel() and r.isfinite().all(), given)
+    """Return the largest h <= h_max whose weights keep an effective sample size of at least ess.
+
+        ESS(h) = (E e^{h r})^2 / E e^{2 h r}, a share of the sample in (0, 1]                (D9)
+
+    r    (n,), the rewards of samples
+    ess  the bound, above 0 and at most 1
+    p    (n,), probabilities that sum to 1, if r lists the possible rewards instead of samples
+
+    Raise ValueError if a reward is not finite, or ess or h_max is out of range.
+
+    How: by bisection. log ESS = 2 K(h) - K(2 h) falls in h, because K, the cumulant function of r,
+    is convex.
+    """
+    ok = 0 < ess <= 1 and 0 <= h_max < math.inf and r.numel() and r.isfinite().all()
+    got = f"got ess {ess:g} and h_max {h_max:g}"
+    check(ok, f"next_h: needs 0 < ess <= 1, 0 <= h_max < inf and finite rewards, but {got}")
     r = r.detach().double().flatten().cpu()
-    r = r - r.max()  # ESS does not change, and no exponential overflows
+    r = r - r.max()  # the ESS does not change, and no exponential overflows
     log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().double().cpu().log()
     low = 0.0
-    high = trial = float(h_max)  # the first trial is h_max itself
-    while low < trial:  # until no number lies between
+    high = trial = float(h_max)
+    while low < trial:  # until no floating-point number lies between low and high
         log_ess = 2 * (log_p + trial * r).logsumexp(0) - (log_p + 2 * (trial * r)).logsumexp(0)
-        if log_ess >= math.log(ess) - 1e-12:  # which is more than its rounding
+        if log_ess >= math.log(ess) - 1e-12:  # 1e-12 is more than the rounding error
             low = trial
         else:
-            high = math.nextafter(trial, 0)  # the largest h that may still do
+            high = math.nextafter(trial, 0)
         trial = low + (high - low) / 2  # low + high might overflow
     return low
 
 
 def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[float, float]]:
-    """Yields (a, h) from a = 0 to a + h = a_end, the last h shortened; h: fixed, or a rule h(a)."""
+    """Yield the tilt a and the increment h of each phase, from a = 0 until a + h = a_end.
+
+    a_end  the final tilt, at least 0; to lower a reward, negate it
+    h      the increment, or a function that returns it for each a; the last one is shortened
+
+    Raise ValueError if an increment does not lead towards a_end.
+    """
+    check(not a_end < 0, f"phases: a_end {a_end:g} is negative; negate the reward instead")
     a = 0.0
-    while not a >= a_end * (1 - 1e-9):  # a NaN, too, gets to the check
+    while not a >= a_end * (1 - 1e-9):  # unlike a < ..., this lets a NaN reach the check below
         step = min(float(h(a) if callable(h) else h), a_end - a)
         stuck = f"phases: the step {step:g} at a = {a:g} does not lead to a_end = {a_end:g}"
-        check(step > 1e-9 * a_end, stuck)
+        check(step > 1e-9 * a_end, f"{stuck}; choose a larger h")
         yield a, step
         a += step
 
 
-# ---- 5. Masking: the interpolants x1 -> xt, blind to token values -------------------------------
-def mask_random(x1: Tensor, mask_id: int, generator: Noise = None) -> Pair:
-    """xt, mask (B, L): k ~ U{1..L} random positions a row, the states of random-order unmasking."""
+# ---- 6. Masking: from x1 to xt ------------------------------------------------------------------
+# The student should be trained on the states that it meets when it samples. Neither of the two
+# maskings looks at the values of the tokens, only at their positions.
+def mask_random(
+    x1: Tensor, mask_id: int, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return xt and mask, each (B, L): every row of x1 (B, L) with k random masks.
+
+    k is uniform on 1, ..., L in each row. These are the states of sampling in random order.
+    Raise ValueError if x1 contains mask_id already.
+    """
     noise = masking_noise(x1, mask_id, generator)
     k_less_1 = torch.randint(x1.shape[1], (len(x1), 1), generator=generator, device=x1.device)
     mask = ranks(noise) <= k_less_1
     return torch.where(mask, mask_id, x1), mask
 
 
-def mask_blockwise(x1: Tensor, mask_id: int, block: int, generator: Noise = None) -> Pair:
-    """Semi-autoregressive xt, mask (B, L), as in the official lightning_module.py (901c244).
-    k ~ U{1..L} tokens are to go: the last (k-1) // block blocks are masked, the one before (the
-    active block) has (k-1) % block + 1 random masks, marked by `mask`. block must divide L."""
+def mask_blockwise(
+    x1: Tensor, mask_id: int, block: int, generator: Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return xt and mask, each (B, L), for sampling by blocks from left to right.
+
+    The k tokens that are still to be drawn are uniform on 1, ..., L in each row. The last
+    (k - 1) // block blocks are masked. The block before them is the active one: (k - 1) % block + 1
+    of its positions, chosen at random, are masked, and only these are True in `mask`.
+
+    Raise ValueError if the length `block` does not divide L, or x1 contains mask_id already.
+    Source: lightning_module.py in the authors' code (commit 901c244).
+    """
     noise = masking_noise(x1, mask_id, generator)
     L = x1.shape[1]
     check(block > 0 and L % block == 0, f"mask_blockwise: the block {block} must divide {L}")
@@ -261,18 +451,26 @@ def mask_blockwise(x1: Tensor, mask_id: int, block: int, generator: Noise = None
     return torch.where(mask | (block_of > active), mask_id, x1), mask
 
 
-def masking_noise(x1: Tensor, mask_id: int, generator: Noise) -> Tensor:
-    check(x1.dim() == 2 and x1.shape[1] > 0, f"x1 must be (B, L), L >= 1, got {[*x1.shape]}")
+def masking_noise(x1: Tensor, mask_id: int, generator: Generator | None) -> Tensor:
+    """Return uniform random numbers (B, L), by which the masked positions are chosen."""
+    check(x1.dim() == 2 and x1.shape[1] > 0, f"x1 must be (B, L) with L >= 1, not {[*x1.shape]}")
     check((x1 != mask_id).all(), f"x1 already holds the mask id {mask_id}; finish it first")
     return torch.rand(x1.shape, generator=generator, device=x1.device)
 
 
 def ranks(score: Tensor) -> Tensor:
-    """The rank of each entry in its row, the largest first."""
+    """Return the rank of each entry in its row; the largest entry has rank 0."""
     return score.argsort(-1, descending=True).argsort(-1)
 
 
-# ---- 6. Sampling: xt -> x1 ----------------------------------------------------------------------
+# ---- 7. Sampling: from xt to x1 -----------------------------------------------------------------
+# Sampling fills the masks of xt, a few at a time. The order says which ones are next:
+#   random          Positions are chosen at random. With one token per step and temperature 1 this
+#                   is an exact draw from rho_theta, which the loss assumes of x1.
+#   top_prob        The position whose most probable token has the highest probability is next, and
+#                   a token is drawn there. For a consistent model this, too, draws from rho_theta.
+#   low_confidence  Tokens are drawn at all masks, and the one with the highest probability stays.
+#                   This is LLaDA's low-confidence remasking. It sharpens the distribution.
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -282,25 +480,28 @@ def sample(
     block: int | None = None,
     per_step: int = 1,
     temperature: float = 1.0,
-    generator: Noise = None,
+    generator: Generator | None = None,
     steps: int | None = None,
     ban_mask: bool = True,
 ) -> Iterator[Tensor]:
-    """Unmasks xt (B, L); yields every state, xt first, the finished sample last.
-    order     "random": positions at random; an exact draw from rho_theta with the defaults
-              "top_prob": the position of the highest top probability, then a draw
-              there; a consistent model keeps its law (per_step=1, temperature=1)
-              "low_confidence": draw everywhere, commit the draws of highest (noise-free, untempered)
-              probability, which sharpens the law. Reference: ML-GSAI/LLaDA generate.py
-    block     decode blocks of this many positions from left to right (None: all at once)
-    per_step  tokens a step and row; overruled by `steps` a block, of M // steps or one more each
-    ban_mask  never draw mask_id (False: what draws it stays masked, as in the reference)"""
+    """Yield every state (B, L) while the masks of xt are filled, from xt to the finished sequences.
+
+    block        the length of the blocks, which are filled from left to right (None: one block)
+    per_step     the number of tokens that each row receives in a step, if steps is None
+    steps        the number of steps per block, which share its masks as evenly as they can
+    temperature  tokens are drawn from softmax(logits / temperature); 0 takes the most probable one
+    ban_mask     never draw mask_id; if False, a position where it is drawn stays masked
+
+    Raise ValueError for an argument out of range and, at the end, if any logit was not finite.
+    Source: LLaDA's generate.py (github.com/ML-GSAI/LLaDA).
+    """
     block = xt.shape[1] if block is None else block
     check(order in ORDERS, f"sample: order {order!r} is not one of {', '.join(ORDERS)}")
     least = min(len(xt), per_step, block, 1 if steps is None else steps)
-    check(least >= 1, f"sample: rows, per_step, block and steps must be >= 1, got {least}")
-    check(temperature >= 0, f"sample: temperature {temperature} must be >= 0")
+    check(least >= 1, f"sample: rows, per_step, block and steps must be at least 1, not {least}")
+    check(temperature >= 0, f"sample: temperature {temperature} must be at least 0")
     place = torch.arange(xt.shape[1], device=xt.device)
+    finite = torch.ones((), dtype=torch.bool, device=xt.device)
     yield xt
     for start in range(0, xt.shape[1], block):
         inside = (place >= start) & (place < start + block)
@@ -309,51 +510,58 @@ def sample(
         for step in range(math.ceil(most / per_step) if steps is None else min(steps, most)):
             quota = per_step if steps is None else left // steps + (step < left % steps)
             where = (xt == mask_id) & inside
-            if order == "random":  # chosen first, so that the head computes these alone
+            if order == "random":  # the positions are chosen first: the model computes no others
                 noise = torch.rand(xt.shape, generator=generator, device=xt.device)
                 where = where & (ranks(noise.masked_fill(~where, -1)) < quota)
             logits = model(xt, where)  # (M, V)
             if ban_mask and 0 <= mask_id < logits.shape[-1]:
                 logits = logits.index_fill(-1, place.new_tensor(mask_id), -torch.inf)
-            token = draw(logits, temperature, generator)  # (M,)
+            score, token = draw(logits, temperature, generator)  # (M,) each
+            finite = finite & score.isfinite().all()
             commit = where
             if order != "random":
-                p = upcast(logits).softmax(-1)
-                sure = p.amax(-1) if order == "top_prob" else p.gather(-1, token[:, None])[:, 0]
-                certainty = p.new_full(where.shape, -1).masked_scatter(where, sure)
-                commit = where & (ranks(certainty) < quota)
+                p = upcast(logits).softmax(-1)  # (M, V)
+                p = p.amax(-1) if order == "top_prob" else p.gather(-1, token[:, None])[:, 0]
+                confidence = p.new_full(where.shape, -1).masked_scatter(where, p)  # (B, L)
+                commit = where & (ranks(confidence) < quota)
             xt = torch.where(commit, xt.masked_scatter(where, token), xt)
             yield xt
+    check(finite, "sample: a logit was NaN or infinite; check the model and the temperature")
 
 
-def draw(logits: Tensor, temperature: float, generator: Noise) -> Tensor:
-    """Tokens (M,) ~ softmax(logits / temperature) by Gumbel-max. Never in bfloat16: its noise ends
-    at 5.5, the usual maximum at V = 126,464 is 11.7: rare tokens would never be drawn."""
+def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
+    """Return tokens (M,) drawn from softmax(logits / temperature), after their noisy logits (M,).
+
+    The argmax of logits plus Gumbel noise is such a draw. The noise is never in bfloat16, where it
+    could not exceed 5.5. Over V = 126,464 tokens its usual maximum is 11.7, so that bfloat16 would
+    never draw the rare tokens.
+    """
     if temperature > 0:
         logits = upcast(logits) / temperature
         logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
-    best, token = logits.max(-1)
-    check(best.isfinite().all(), "sample: a drawn logit is not finite; check model and temperature")
-    return token
+    return logits.max(-1)
 
 
-# ---- 7. Exact oracles for small V and L; MASK = V -----------------------------------------------
-def all_sequences(V: int, L: int, device: Device = None) -> Tensor:
-    """(V**L, L): every sequence, in the order of the flat laws."""
+# ---- 8. Exact oracles ---------------------------------------------------------------------------
+# For small V and L everything can be enumerated in float64, and the tests compare with it. Here
+# mask_id is V, a sequence is a number in base V with the most significant digit first, and a
+# distribution is a vector (V**L,) in the order of these numbers.
+def all_sequences(V: int, L: int, device: torch.device | str | None = None) -> Tensor:
+    """Return every sequence in the order of its number, (V**L, L)."""
     return torch.cartesian_prod(*[torch.arange(V, device=device)] * L).view(-1, L)
 
 
 def state_number(xt: Tensor, V: int) -> Tensor:
-    """(B,): the row of `all_sequences(V + 1, L)` that holds the state xt (B, L)."""
+    """Return the row of `all_sequences(V + 1, L)` that holds each state xt (B, L), (B,)."""
     return (xt * (V + 1) ** torch.arange(xt.shape[1] - 1, -1, -1, device=xt.device)).sum(-1)
 
 
-class Table(torch.nn.Module):
-    """A model whose logits ((V+1)**L, L, V) stand in a learnable table over all states."""
+class Table(nn.Module):
+    """A model that looks its logits up in a learnable table, ((V + 1)**L, L, V), of all states."""
 
     def __init__(self, logits: Tensor):
         super().__init__()
-        self.logits = torch.nn.Parameter(logits)
+        self.logits = nn.Parameter(logits)
 
     def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
         state = state_number(xt, V=self.logits.shape[2])[:, None].expand_as(xt)
@@ -364,14 +572,25 @@ class Table(torch.nn.Module):
 
 
 def exact_marginal(
-    model: Callable, V: int, L: int, device: Device = None, choose: Callable | None = None
+    model: Callable,
+    V: int,
+    L: int,
+    device: torch.device | str | None = None,
+    choose: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """rho_theta (V**L,), float64, differentiable: the law of `sample` in random order.
-        reach(all masked) = 1;    reach(xt with x_i = v) += reach(xt) pi_theta(v|xt,i) / k   (D11)
-    with k the masks of xt: dynamic programming over states, from k = L down to none. For other
-    orders choose(pi (n, k, V)) gives (n, k, V), the chance that masked i is next and becomes v."""
+    """Return rho_theta (V**L,), float64, the distribution of `sample`; it is differentiable.
+
+        reach(all masked) = 1;    reach(xt with x_i = v) += reach(xt) pi_theta(v | xt, i) / k  (D11)
+
+    where k is the number of masks of xt: dynamic programming over the states, from k = L down to 0.
+
+    choose  another decoding order: it takes the posteriors at the k masks, (n, k, V), and returns
+            the probability that a mask is next and becomes v, (n, k, V); None: the random order
+
+    Raise ValueError if the result is not finite.
+    """
     states = all_sequences(V + 1, L, device)
-    worth = state_number(torch.eye(L, dtype=torch.long, device=device), V)  # (L,) of each digit
+    digit = state_number(torch.eye(L, dtype=torch.long, device=device), V)  # (L,) place values
     token = torch.arange(V, device=device)
     k = (states == V).sum(1)
     reach = (k == L).double()
@@ -381,43 +600,65 @@ def exact_marginal(
             p = model(states[number], where).double().softmax(-1).view(-1, level, V)
             p = p / level if choose is None else choose(p)
             row, place = where.nonzero(as_tuple=True)  # (M,) each
-            child = number[row, None] + (token - V) * worth[place, None]  # (M, V) state numbers
+            child = number[row, None] + (token - V) * digit[place, None]  # (M, V) state numbers
             flow = reach[number[row], None] * p.flatten(0, 1)  # (M, V)
             reach = reach.index_add(0, child.flatten(), flow.flatten())
     return finite(reach[k == 0], "exact_marginal")
 
 
+def finite(x: Tensor, name: str) -> Tensor:
+    """Return x, or raise ValueError if it is not finite."""
+    cause = "the input held NaN, infinite or huge numbers; ban a token by the logit -1e4"
+    check(x.isfinite().all(), f"{name}: the result is not finite; {cause}")
+    return x
+
+
 def exact_tilt(rho: Tensor, r: Tensor, a: float) -> Tensor:
-    """rho_a ~ rho e^{a r} (D1), float64; rho and r (V**L,)."""
+    """Return the tilt of rho (V**L,) by a, proportional to rho e^{a r}, (V**L,), float64 (D1).
+
+    Raise ValueError if rho and r differ in shape or the result is not finite.
+    """
     check(rho.shape == r.shape, f"exact_tilt: {[*rho.shape]} and {[*r.shape]} must share a shape")
     return finite((rho.double().log() + a * r.double()).softmax(0), "exact_tilt")
 
 
 def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
-    """pi(v|xt,i) (B, L, V) under rho (V**L,), float64; NaN where rho never reaches xt (B, L).
-    P tabulates P(xt) of every state (each axis of rho gets its sum appended); pi is a ratio."""
+    """Return the posteriors P(x1_i = v | xt) under rho (V**L,), (B, L, V), float64.
+
+    They are NaN where rho gives xt (B, L) the probability 0. Raise ValueError if the size of rho is
+    not V**L for any V.
+
+    How: P(x1_i = v | xt) = P(xt with x_i = v) / P(xt). To tabulate P(xt) for every state, each axis
+    of rho gets its sum appended, as the entry of the mask.
+    """
     L = xt.shape[1]
     V = round(len(rho) ** (1 / L))
     check(V**L == len(rho), f"exact_posterior: {len(rho)} probabilities are not V**{L} for any V")
     P = rho.double().view((V,) * L)
     for axis in range(L):
         P = torch.cat([P, P.sum(axis, keepdim=True)], axis)
-    P = P.flatten()
+    P = P.flatten()  # ((V + 1)**L,)
     token = torch.arange(V, device=xt.device)
     here = state_number(xt, V)[:, None, None]
-    worth = state_number(torch.eye(L, dtype=torch.long, device=xt.device), V)  # (L,)
-    step = torch.where(xt == V, worth, 0)[..., None]  # (B, L, 1)
-    joint = P[here + step * (token - V)]  # (B, L, V)  P(xt and x1_i = v), for masked i
-    possible = (xt[..., None] == V) | (xt[..., None] == token)  # a known position is one-hot
+    digit = state_number(torch.eye(L, dtype=torch.long, device=xt.device), V)  # (L,) place values
+    step = torch.where(xt == V, digit, 0)[..., None]  # (B, L, 1)
+    joint = P[here + step * (token - V)]  # (B, L, V)  P(xt with x_i = v), where i is masked
+    possible = (xt[..., None] == V) | (xt[..., None] == token)  # a known token has one value
     return torch.where(possible, joint, 0) / P[here]
 
 
-def regret_bound(model: Callable, rho: Tensor, r: Tensor, h: float, V: int) -> Pair:
-    """KL(rho_{a+h} || rho_theta) <= (L(theta) - L(theta*)) / Z: both sides, exact float64 scalars.
-    L(theta): L times the row mean of (D3), in expectation over x1 ~ rho = rho_a and `mask_random`;
-    theta*: the posteriors of rho_{a+h}. As E[T | xt] = Z(xt) pi_{a+h}, the right side is
+def regret_bound(
+    model: Callable, rho: Tensor, r: Tensor, h: float, V: int
+) -> tuple[Tensor, Tensor]:
+    """Return both sides of KL(rho_{a+h} || rho_theta) <= (loss - least loss) / Z, exact scalars.
+
+    rho (V**L,) is rho_a, and r (V**L,) holds the rewards. The loss is L times `mean_over_masked` of
+    (D3), in expectation over x1 ~ rho_a and `mask_random`. The posteriors of rho_{a+h} attain the
+    least loss. As E_a[T | xt] = Z(xt) pi_{a+h}, the right side is
         E_{xt ~ rho_{a+h}}[(L/k) sum_{i masked} KL(pi_{a+h}(.|xt,i) || pi_theta(.|xt,i))]    (D12)
-    and exceeds the left by the mean gap of (D6). Tight when all orders agree on a sequence."""
+    The sides differ by the mean gap of (D6). They are equal if the student gives a sequence the
+    same probability in every order of sampling. Raise ValueError if a side is not finite.
+    """
     L = round(math.log(len(rho), V))
     rho_h = exact_tilt(rho, r, h)
     x1 = all_sequences(V, L, rho.device)
@@ -434,73 +675,166 @@ def regret_bound(model: Callable, rho: Tensor, r: Tensor, h: float, V: int) -> P
     return finite(left, "regret_bound"), finite(bound, "regret_bound")
 
 
-# ---- 8. `python dtm.py`: one tilt of a table, everything enumerated -----------------------------
-def main(V: int = 3, L: int = 3, h: float = 3.0) -> None:
-    """(D3) at every state (S of them) with every sequence (N) that agrees with it."""
-    noise = Generator().manual_seed(0)
-    rho = torch.randn(V**L, generator=noise).double().softmax(0)  # (N,)  the teacher's law
-    r = torch.rand(V**L, generator=noise).double()
-    w = tilt_weight(r, h) / (rho @ tilt_weight(r, h))  # (N,)  so that Z = 1
-    x1, states = all_sequences(V, L), all_sequences(V + 1, L)
-    teacher = Table(exact_posterior(rho, states).log().clamp_min(-70))
-    k = (states == V).sum(1, keepdim=True)
-    share = (states == V) / k.clamp_min(1)  # (S, L)  what `mean_over_masked` weighs a position with
-    chance = 1 / torch.tensor([L * math.comb(L, n) for n in range(L + 1)]).double()[k]  # of a mask
-    agree = ((states[:, None] == x1) | (states == V)[:, None]).all(-1)  # (S, N)
-    joint = agree * rho * chance  # (S, N)  how often training meets the two (k = 0: unused)
-    given = joint / joint.sum(1, keepdim=True)  # (S, N)  law of x1 at a given state
-    logits_a = teacher(states).detach()[:, None].expand(-1, len(x1), L, V)  # (S, N, L, V)
-    batch = (logits_a, x1.expand(len(states), -1, L), w[:, None].expand(len(states), -1, L))
-    y, q = control_variate_targets(logits_a, *batch)  # (S, N, L) each
-    q = q * joint[..., None] * share[:, None] ** 2
-    choices = {"0": 0, "0.5": 0.5, "1": 1, "2": 2, "best scalar c": (q * y).sum() / q.sum()}
-    choices["best c(xt, i)"] = (q * y).sum(1) / q.sum(1).clamp_min(1e-30)  # (S, L)  (D7)
-    print(f"A tilt h = {h:g} on {V}^{L} sequences: gradient at theta = teacher; KL after 60 steps")
+# ---- 9. The demo: `python dtm.py` ---------------------------------------------------------------
+# The first part is one masked position with five tokens, which a pocket calculator can check. The
+# second part does the same for all 27 sequences of three tokens, in every state, and then trains.
+def main() -> None:
+    print_one_position()
+    print()
+    print_all_states()
+
+
+def one_position(pi_a: list[float], w: list[float], c: float) -> tuple:
+    """Return the mean target, the mean gradient, its variance and the best c for one position.
+
+    pi_a and w hold a number for each token. The gradient is that of (D3) with respect to the logits
+    of a student that equals the teacher; its variance is the sum over the components.
+    """
+    V = len(pi_a)
+    mean_target, mean_gradient = [0.0] * V, [0.0] * V
+    mean_square = top = bottom = 0.0
+    for token in range(V):  # that the teacher draws, with probability pi_a[token]
+        q = 0.0
+        for v in range(V):
+            e = 1 if v == token else 0
+            target = c * pi_a[v] + (w[token] - c) * e
+            gradient = w[token] * pi_a[v] - target  # the sum of the target is w[token]
+            mean_target[v] += pi_a[token] * target
+            mean_gradient[v] += pi_a[token] * gradient
+            mean_square += pi_a[token] * gradient**2
+            q += (e - pi_a[v]) ** 2
+        top += pi_a[token] * q * w[token]
+        bottom += pi_a[token] * q
+    variance = mean_square - sum(g**2 for g in mean_gradient)
+    return mean_target, mean_gradient, variance, top / bottom  # (D7) with y = w
+
+
+def print_one_position() -> None:
+    """Print a tilt of one posterior on five tokens A to E, number by number."""
+    r, pi_a, h = [0, 0, 1, 1, 2], [0.4, 0.2, 0.2, 0.1, 0.1], math.log(2)
+    w = [math.exp(h * reward) for reward in r]
+    Z = sum(p * weight for p, weight in zip(pi_a, w, strict=True))
+    tilted = [p * weight / Z for p, weight in zip(pi_a, w, strict=True)]
+
+    def line(name: str, numbers: list[float], end: str = "") -> None:
+        print(f"{name:>28}" + "".join(f"{x:8.3f}" for x in numbers) + end)
+
+    print("1. One masked position, h = log 2: each unit of reward doubles the weight.")
+    print(f"{'token v':>28}" + "".join(f"{letter:>8}" for letter in "ABCDE"))
+    line("reward r", r)
+    line("weight w = e^{h r}", w, f"    Z = sum_v pi_a w = {Z:.3f}")
+    line("teacher's posterior pi_a", pi_a)
+    line("tilted posterior pi_a w / Z", tilted)
+    print("The target T = c pi_a + (w - c) e, with c = 1, if the teacher draws ...")
+    for token, letter in enumerate("ABCDE"):
+        target = [pi_a[v] + (w[token] - 1) * (v == token) for v in range(5)]
+        line(f"{letter} (probability {pi_a[token]:g})", target)
+    best = one_position(pi_a, w, c=1.0)[3]
+    line("mean target", one_position(pi_a, w, c=1.0)[0], "    = Z times the tilted posterior")
+    print("The gradient at the teacher: its mean and, last, its variance (a sum over v), for ...")
+    for c, name in (
+        (0.0, "c = 0"),
+        (0.5, "c = 0.5"),
+        (1.0, "c = 1"),
+        (best, f"best c = {best:.3f}"),
+    ):
+        _, mean, variance, _ = one_position(pi_a, w, c)
+        line(name, mean, f"{variance:12.3f}")
+
+
+class Enumeration:
+    """One tilt by h of a random distribution: every sequence x1 (N of them) in every state (S)."""
+
+    def __init__(self, V: int = 3, L: int = 3, h: float = 3.0):
+        noise = Generator().manual_seed(0)
+        self.V, self.L, self.h = V, L, h
+        self.rho = torch.randn(V**L, generator=noise).double().softmax(0)  # (N,)  rho_a
+        self.r = torch.rand(V**L, generator=noise).double()  # (N,)
+        w = tilt_weight(self.r, h)
+        self.w = w / (self.rho @ w)  # (N,)  with Z = 1
+        x1, self.states = all_sequences(V, L), all_sequences(V + 1, L)
+        self.teacher = Table(exact_posterior(self.rho, self.states).log().clamp_min(-70))
+        hidden = self.states == V  # (S, L)
+        k = hidden.sum(1, keepdim=True)
+        self.share = hidden / k.clamp_min(1)  # (S, L)  the 1/k of `mean_over_masked`
+        of_mask = 1 / torch.tensor([L * math.comb(L, n) for n in range(L + 1)]).double()[k]
+        agree = ((self.states[:, None] == x1) | hidden[:, None]).all(-1)  # (S, N)
+        self.joint = agree * self.rho * of_mask  # (S, N)  probability that training meets the pair
+        logits_a = self.teacher(self.states).detach()[:, None].expand(-1, len(x1), L, V)
+        w_all = self.w[:, None].expand(len(self.states), -1, L)  # (S, N, L)
+        self.batch = (logits_a, x1.expand(len(self.states), -1, L), w_all)
+
+    def values_of_c(self) -> dict[str, Tensor]:
+        """Return numbers, (D8) and (D7), each as a c for all states and positions, (S, L)."""
+        y, q = control_variate_targets(self.batch[0], *self.batch)  # (S, N, L) each
+        q = q * self.joint[..., None] * self.share[:, None] ** 2
+        values = {"0": 0, "0.5": 0.5, "1": 1, "2": 2, "best scalar c": (q * y).sum() / q.sum()}
+        values["best c(xt, i)"] = (q * y).sum(1) / q.sum(1).clamp_min(1e-30)
+        return {name: c + torch.zeros(self.share.shape).double() for name, c in values.items()}
+
+    def gradient(self, c: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean gradient of the logits in each state, (S, 1, L, V), and its variance."""
+        logits = self.batch[0].clone().requires_grad_()
+        loss = c_dtm_loss(logits, *self.batch, c[:, None])  # (S, N, L)
+        (self.share[:, None] * loss).sum().backward()
+        given_state = self.joint / self.joint.sum(1, keepdim=True)  # (S, N)
+        mean = (given_state[..., None, None] * logits.grad).sum(1, keepdim=True)
+        return mean, (self.joint[..., None, None] * (logits.grad - mean) ** 2).sum()
+
+    def train(self, c: Tensor, seed: int) -> Table:
+        """Return a student after 60 steps on 128 samples each."""
+        noise = Generator().manual_seed(seed)
+        student = Table(self.teacher.logits.detach().clone())
+        optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
+        for i in self.rho.multinomial(60 * 128, True, generator=noise).split(128):
+            x1 = all_sequences(self.V, self.L)[i]
+            xt, mask = mask_random(x1, self.V, noise)
+            c_here = c[state_number(xt, self.V)]  # (B, L)
+            loss = c_dtm_loss(student(xt), self.teacher(xt), x1, self.w[i, None], c_here)
+            optimiser.zero_grad()
+            mean_over_masked(loss, mask).backward()
+            optimiser.step()
+        return student.requires_grad_(False)
+
+    def bias(self, c: float) -> float:
+        """Return KL from the tilt to the minimiser of (D3), in nats, for an inconsistent teacher.
+
+        Its logits are random, so that pi_a is the posterior of no distribution. The minimiser is
+        proportional to E[T | xt] = E[w e | xt] + c (pi_a - P(x1_i = v | xt)). The weights are raw.
+        """
+        V, L, states = self.V, self.L, self.states
+        logits = torch.randn(len(states), L, V, generator=Generator().manual_seed(1)).double()
+        teacher = Table(logits)
+        w = tilt_weight(self.r, self.h)
+        rho = exact_marginal(teacher, V, L).detach()  # the distribution that it samples from
+        rho_h = rho * w / (rho @ w)
+        hidden = (states == V)[:, None]
+        agree = ((states[:, None] == all_sequences(V, L)) | hidden).all(-1).double()
+        z = (agree @ (rho * w) / (agree @ rho))[:, None, None]  # E[w | xt]
+        mismatch = teacher(states).softmax(-1) - exact_posterior(rho, states)
+        minimiser = z * exact_posterior(rho_h, states) + c * mismatch  # (S, L, V), times z
+        rho_theta = exact_marginal(Table(minimiser.log()), V, L)
+        return (rho_h * (rho_h / rho_theta).log()).sum().item()
+
+
+def print_all_states() -> None:
+    """Print, for each c, how it changes the gradient and how far 60 steps get."""
+    tilt = Enumeration()
+    V, L, h = tilt.V, tilt.L, tilt.h
+    print(
+        f"2. A tilt h = {h:g} on {V}^{L} sequences: gradient at theta = teacher; KL after 60 steps"
+    )
     print("            c | mean moved by | variance | KL(rho_h || rho_theta) <= regret / Z")
-    means = []
-    for name, c in choices.items():
-        c = c + torch.zeros(len(states), L).double()
-        logits = logits_a.clone().requires_grad_()
-        (share[:, None] * c_dtm_loss(logits, *batch, c[:, None])).sum().backward()
-        means.append((given[..., None, None] * logits.grad).sum(1, keepdim=True))  # (S, 1, L, V)
-        moved = (means[-1] - means[0]).abs().max()
-        variance = (joint[..., None, None] * (logits.grad - means[-1]) ** 2).sum()
-        runs = [regret_bound(train(teacher, rho, w, c, seed), rho, r, h, V) for seed in range(5)]
+    first = None
+    for name, c in tilt.values_of_c().items():
+        mean, variance = tilt.gradient(c)
+        first = mean if first is None else first
+        moved = (mean - first).abs().max()
+        runs = [regret_bound(tilt.train(c, seed), tilt.rho, tilt.r, h, V) for seed in range(5)]
         kl, bound = torch.tensor(runs).mean(0)
         print(f"{name:>13} | {moved:13.0e} | {variance:8.4f} | {kl:22.5f} <= {bound:.5f}")
-    bias = [f"{bias_of_c(c, tilt_weight(r, h), V, L):.0e} at c = {c}" for c in (0, 0.5, 1)]
+    bias = [f"{tilt.bias(c):.0e} at c = {c}" for c in (0, 0.5, 1)]
     print(f"Inconsistent teacher, raw w: the minimiser is off the tilt by {', '.join(bias)} nats.")
-
-
-def train(teacher: Table, rho: Tensor, w: Tensor, c: Tensor, seed: int) -> Table:
-    """A student after 60 steps of 128 samples, with the control variate c (S, L)."""
-    noise = Generator().manual_seed(seed)
-    L, V = teacher.logits.shape[1:]
-    student = Table(teacher.logits.detach().clone())
-    optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
-    for i in rho.multinomial(60 * 128, True, generator=noise).split(128):
-        x1 = all_sequences(V, L)[i]
-        xt, mask = mask_random(x1, V, noise)
-        loss = c_dtm_loss(student(xt), teacher(xt), x1, w[i, None], c[state_number(xt, V)])
-        optimiser.zero_grad()
-        mean_over_masked(loss, mask).backward()
-        optimiser.step()
-    return student.requires_grad_(False)
-
-
-def bias_of_c(c: float, w: Tensor, V: int, L: int) -> float:
-    """KL from the tilt to the population minimiser of (D3), for a random pi_a, no law's posterior:
-    E[T | xt] = E[w e | xt] + c (pi_a - P(x1_i = v | xt))."""
-    states = all_sequences(V + 1, L)
-    teacher = Table(torch.randn(len(states), L, V, generator=Generator().manual_seed(1)).double())
-    rho = exact_marginal(teacher, V, L).detach()  # the law of its rollouts
-    rho_h = rho * w / (rho @ w)
-    agree = ((states[:, None] == all_sequences(V, L)) | (states == V)[:, None]).all(-1).double()
-    z = (agree @ (rho * w) / (agree @ rho))[:, None, None]  # E[w | xt]
-    pull = teacher(states).softmax(-1) - exact_posterior(rho, states)
-    minimiser = z * exact_posterior(rho_h, states) + c * pull  # (S, L, V), times z
-    rho_theta = exact_marginal(Table(minimiser.log()), V, L)
-    return (rho_h * (rho_h / rho_theta).log()).sum().item()
 
 
 if __name__ == "__main__":
