@@ -8,28 +8,30 @@ finished sequence, and the network learns to predict them from the tokens that a
     sampling   _ _ _ _   ->   _ B _ _   ->   _ B _ A   ->   C B _ A   ->   C B D A
     masking    C B D A   ->   C _ D _        The loss trains the predictions at the two masks.
 
-DTM takes such a model and a reward r(x) for finished sequences. The model writes x with probability
-rho_0(x). DTM trains it until this probability is proportional to rho_0(x) e^{A r(x)}. The new
-distribution rho_A is a tilt of rho_0: it prefers a high reward, and it keeps sequences of equal
-reward in proportion. DTM never computes the probability of a whole sequence, a sum over L! orders.
+DTM takes such a model and a reward r(x) for finished sequences. The base model writes a sequence x
+with some probability rho_0(x). DTM trains it until it writes x with a probability proportional to
+rho_0(x) e^{A r(x)}, for a number A that the user chooses. This distribution rho_A is called a tilt
+of rho_0: it prefers a high reward, and it keeps sequences of equal reward in proportion. DTM never
+computes the probability of a whole sequence, which would be a sum over L! orders.
 
 GLOSSARY
-V, L, B        the size of the vocabulary; the length of a sequence, without a prompt; of a batch
-x1     (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
-xt     (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
-mask   (B, L)  True at the masked positions that are trained: k of them in a row, M in the batch
-r, h           the reward r(x1) of each sequence, (B,); the tilt increment of a phase, a number
-rho_a          the distribution of sequences at tilt a, proportional to rho_0 e^{a r}          (D1)
-teacher        a frozen model that draws x1 from rho_a; its logits are called logits_a
-student        the model that is trained towards tilt a + h; its logits are called logits
-pi_a     (V,)  the posterior pi_a(v | xt, i) = P(x1_i = v | xt), if x1 was drawn from rho_a; the
-               teacher computes it as softmax(logits_a) at position i of xt
-pi_theta (V,)  the student's posterior, softmax(logits); rho_theta is its distribution of sequences
-e        (V,)  the one-hot vector of the token x1_i, which the code never builds
-E_a            the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
-w, Z           the weight e^{h r(x1)} of each sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
-c              the weight of the control variate c (pi_a - e): a number, or one per position
-T        (V,)  the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                 (D3)
+V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
+x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher (without a prompt)
+xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
+mask    (B, L)  True at the masked positions that are trained: k per sequence, M in the batch
+r       (B,)    the reward r(x1) of each sequence
+rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
+h               the tilt increment of a phase, which leads from rho_a to rho_{a+h}
+teacher         a frozen model that draws x1 from rho_a; its logits are called logits_a
+student         the model that is trained towards rho_{a+h}; its logits are called logits
+E_a             the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
+pi_a    (V,)    the posterior pi_a(v | xt, i), the probability of x1_i = v given xt if x1 was drawn
+                from rho_a; the teacher computes it as softmax(logits_a) at position i of xt
+pi_theta (V,)   the student's posterior, softmax(logits); rho_theta is what the student samples from
+e       (V,)    the one-hot vector of the token x1_i, which the code never builds
+w, Z            the weight e^{h r(x1)} of a sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
+c               the weight of the control variate c (pi_a - e), a number or one per position
+T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                (D3)
 
 The equations are numbered (D1) to (D12) here; (D10) stands in figures/objectives.py. Prop 3.3 is
 the paper's number. "Ours" marks what we added to the paper's method.
@@ -45,9 +47,9 @@ THE ALGORITHM, which `tilt_matching` runs below
 THE MODEL PROTOCOL. model(xt) returns the logits at all positions, (B, L, V). With a boolean mask
 (B, L), model(xt, mask) returns those where it is True, (M, V), row by row.
 
-Half precision is reduced in float32, and float64 in float64. Wrong shapes raise ValueError. No loss
-checks its values, since a GPU waits for every such check: the training loop checks once per step
-that the loss is finite.
+PRECISION AND CHECKS. Sums over the vocabulary run in float32 for logits in half precision, and in
+float64 for logits in float64. Wrong shapes raise ValueError. The losses do not check values, since
+a GPU waits for every such check: the training loop checks once per step that the loss is finite.
 """
 
 import copy
@@ -93,16 +95,16 @@ def tilt_matching(
 ) -> nn.Module:
     """Train the model in place until it samples from rho_A ~ rho_0 e^{A r}, and return it.
 
-    model      rho_0; the function trains those of its parameters that require gradients
-    reward     takes finished sequences (n, length), integers, and returns their rewards (n,)
-    a_end, h   the final tilt A, and its increment in each phase
-    rollouts   the number of sequences that the teacher draws in each phase
-    steps      the number of gradient steps in each phase, on `batch` of these sequences each
-    lr         the peak of the learning rate, which falls to 0 in each phase
-    normalize  divide the weights of a phase by their mean, see `tilt_weight`
-    generator  the source of randomness, on the model's device (None: a new one with seed 0)
-    watch      after each phase, is called with the tilt a and the rewards of its rollouts, and with
-               the model at its end
+    model       the base model; parameters that require no gradient stay as they are
+    reward      takes finished sequences (n, length), integers, and returns their rewards (n,)
+    a_end, h, c the final tilt A, its increment in each phase, the weight of the control variate
+    rollouts    the number of sequences that the teacher draws in each phase
+    steps       the number of gradient steps in each phase, on `batch` of these sequences each
+    lr          the peak of the learning rate, which falls to 0 in a phase; later peaks are lower
+    normalize   divide the weights of a phase by their mean, see `tilt_weight`
+    generator   the source of randomness, on the model's device (None: a new one with seed 0)
+    watch       is called as watch(a, rewards, model) after each phase: a and rewards are those of
+                its rollouts, and model is the one that it trained
 
     Raise ValueError if no parameter can be trained, or if a reward or a loss is not finite.
     """
@@ -134,9 +136,10 @@ def tilt_matching(
 
 
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """Take one step on a finite loss, with the gradient clipped to norm 1."""
+    """Take one step with the gradient clipped to norm 1. Raise ValueError for an infinite loss."""
+    value = loss.item()  # the only place where a GPU waits for a check
     advice = "lower lr or h, and ban a token by the logit -1e4, not by -inf"
-    check(loss.isfinite(), f"the loss of this step is {loss.item()}; {advice}")
+    check(math.isfinite(value), f"the loss of this step is {value}; {advice}")
     group = optimiser.param_groups[0]
     group["lr"] = lr
     optimiser.zero_grad()
@@ -157,9 +160,9 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 
     Raise ValueError if h r or a weight is not finite.
 
-    Why normalize: the minimiser of the loss does not depend on the scale of w, up to an error
-    O(1/B), because mean(w) only estimates Z. With E_a[w] = 1 the value c = 1 is close to the best
-    for a moderate h, whereas raw weights outgrow it.
+    Why normalize: the best c is about E_a[w], so that c = 1 is close to the best for normalized
+    weights and a moderate h. The minimiser of the loss does not depend on the scale of the weights,
+    up to an error O(1/B), since mean(w) is only an estimate of Z.
     """
     log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -188,15 +191,15 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 #                        = rho_a(x1 | xt) w(x1) / E_a[w | xt],
 # and the sum of the last line over all x1 with x1_i = v is (D2).
 #
-# The minimiser of a cross-entropy is its mean target, normalised. With S = sum_v E[T(v) | xt],
-#     E[loss | xt] = - sum_v E[T(v) | xt] log pi_theta(v)
-#                  = S KL(E[T | xt] / S || pi_theta) + a number without pi_theta,
-# which is smallest at pi_theta = E[T | xt] / S, provided that E[T | xt] >= 0.
+# The minimiser of a cross-entropy is its mean target, normalised. With S = sum_v E_a[T(v) | xt],
+#     E_a[loss | xt] = - sum_v E_a[T(v) | xt] log pi_theta(v)
+#                    = S KL(E_a[T | xt] / S || pi_theta) + a number without pi_theta,
+# which is smallest at pi_theta = E_a[T | xt] / S, provided that E_a[T | xt] >= 0.
 #
 # c does not move the minimiser. Given xt, the token x1_i is distributed as pi_a. So E_a[e | xt] is
 # pi_a, the control variate c (pi_a - e) has mean zero, and E_a[T | xt] = E_a[w e | xt]. This is
-# Z(xt) pi_{a+h} by (D2). What c changes is the variance, see section 4. c may depend on xt and i,
-# but not on the tokens behind the masks.
+# Z(xt) pi_{a+h} by (D2). But c changes the variance of the loss, see section 4. It may depend on xt
+# and i, but not on the tokens behind the masks.
 #
 # The assumption: a consistent teacher. We used that softmax(logits_a) is the posterior E_a[e | xt]
 # of the distribution that x1 was drawn from. A network satisfies this only approximately. Example:
@@ -212,10 +215,10 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # uniform-state diffusion and block diffusion, if the teacher computes the posterior of x1_i given
 # xt under their corruption.
 #
-# The sign of T. For c >= 0 the loss of one sample is unbounded below if T(x1_i) < 0, which means
-# w < c (1 - pi_a(x1_i)), and otherwise it is bounded. For a consistent teacher the mean over all x1
-# is bounded, but the mean over finitely many x1 need not be. Rewards r >= 0, weights that are not
-# normalised, and 0 <= c <= 1 keep T >= 0.
+# The sign of T. Let c >= 0. If T(x1_i) < 0, which means w < c (1 - pi_a(x1_i)), then the loss of
+# this sample is not bounded below; otherwise it is. For a consistent teacher, E_a[loss | xt] is
+# bounded below, but an average over finitely many samples need not be. T >= 0 always holds for
+# r >= 0, weights that are not normalised, and 0 <= c <= 1. A tilt ignores constants in r.
 def c_dtm_loss(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
 ) -> Tensor:
@@ -487,8 +490,8 @@ def sample(
     """Yield every state (B, L) while the masks of xt are filled, from xt to the finished sequences.
 
     block        the length of the blocks, which are filled from left to right (None: one block)
-    per_step     the number of tokens that each row receives in a step, if steps is None
-    steps        the number of steps per block, which share its masks as evenly as they can
+    per_step     the number of tokens that each sequence receives in a step, if steps is None
+    steps        the number of steps per block, which share its masks as evenly as possible
     temperature  tokens are drawn from softmax(logits / temperature); 0 takes the most probable one
     ban_mask     never draw mask_id; if False, a position where it is drawn stays masked
 
@@ -501,7 +504,7 @@ def sample(
     check(least >= 1, f"sample: rows, per_step, block and steps must be at least 1, not {least}")
     check(temperature >= 0, f"sample: temperature {temperature} must be at least 0")
     place = torch.arange(xt.shape[1], device=xt.device)
-    finite = torch.ones((), dtype=torch.bool, device=xt.device)
+    all_finite = torch.ones((), dtype=torch.bool, device=xt.device)
     yield xt
     for start in range(0, xt.shape[1], block):
         inside = (place >= start) & (place < start + block)
@@ -517,7 +520,7 @@ def sample(
             if ban_mask and 0 <= mask_id < logits.shape[-1]:
                 logits = logits.index_fill(-1, place.new_tensor(mask_id), -torch.inf)
             score, token = draw(logits, temperature, generator)  # (M,) each
-            finite = finite & score.isfinite().all()
+            all_finite = all_finite & score.isfinite().all()
             commit = where
             if order != "random":
                 p = upcast(logits).softmax(-1)  # (M, V)
@@ -526,7 +529,7 @@ def sample(
                 commit = where & (ranks(confidence) < quota)
             xt = torch.where(commit, xt.masked_scatter(where, token), xt)
             yield xt
-    check(finite, "sample: a logit was NaN or infinite; check the model and the temperature")
+    check(all_finite, "sample: a logit was NaN or infinite; check the model and the temperature")
 
 
 def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
