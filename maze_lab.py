@@ -1,34 +1,49 @@
-"""The maze lab: Discrete Tilt Matching where every number is known exactly.
+"""The maze lab: Discrete Tilt Matching on a problem where every number is known exactly.
 
-    python maze_lab.py                 six arms, from nothing to table and figure
-    python maze_lab.py --ablate cv     one question at a time: anneal, cv, loss, sampler, ess
-    python maze_lab.py --mazes 6       a random maze a seed;  --grid 5: a larger one, exact too
+    python maze_lab.py                 train six arms, print a table, and draw a figure
+    python maze_lab.py --ablate cv     answer one question: anneal, cv, loss, sampler, or ess
+    python maze_lab.py --mazes 6       give each of six seeds its own random maze
+    python maze_lab.py --grid 5        use a larger maze, which is still exact
 
-THE TASK. A sequence is a path through a grid maze: L moves from {0 up, 1 right, 2 down, 3 left}; a
-move into a wall or off the grid is a bump, and the walker stays. The reward is the progress made,
-r = 1 - dist(end, goal) / dist(start, goal), below 0 where a random maze leads farther away than it
-starts. L is the length of a shortest path, so r = 1 exactly on the shortest paths: they are the
-modes, and "no collapse" is to keep them all. The default maze:
+THE TASK. A sequence is a path through a grid maze. It has L moves, and each move is one of 0 (up),
+1 (right), 2 (down) and 3 (left). A move into a wall or off the grid is a bump: the walker stays
+where it is. The reward measures progress, r = 1 - dist(end, goal) / dist(start, goal). It is
+negative if the walker ends farther from the goal than it started. L is the length of a shortest
+path, so r = 1 exactly on the shortest paths. They are the modes of the target, and a method
+collapses if it loses some of them. This is the default maze:
 
-    S . # #     S start, G goal, # wall; L = 6, 5 shortest paths. "right down down right down right"
-    . . . .     is [1, 2, 2, 1, 2, 1] and ends on G with r = 1; [1, 1, 1, 1, 1, 1] bumps five times
-    . . . #     and ends beside S with r = 1/6. The model reads moves and masks (token 4) only: maze
-    . # . G     and reward are not in its input, so the answer cannot leak.
+    S . # #     S is the start, G the goal, and # a wall. L is 6, and there are 5 shortest paths.
+    . . . .     "right down down right down right" is [1, 2, 2, 1, 2, 1]. It ends on G, so r = 1.
+    . . . #     [1, 1, 1, 1, 1, 1] bumps five times and ends beside S, so r = 1/6.
+    . # . G     The model reads moves and masks (token 4), but neither the maze nor the reward.
 
-THE BASE rho_0 is a small masked diffusion transformer trained on a noisy walker that drifts away
-from the goal. THE TARGET is rho_A ~ rho_0 e^{A r}. There are 5^6 = 15,625 states, so both laws and
-the distance between them are computed, not estimated.
+THE BASE MODEL is a small masked diffusion transformer. It is trained on the paths of a noisy walker
+that drifts away from the goal, so it rarely succeeds. There are only 4^6 = 4,096 paths and
+5^6 = 15,625 partly masked states, so the distributions below are computed and not estimated.
 
-THE METRICS (`rows` of the JSON; symbols and equations as in dtm.py)
-    kl        KL(rho_A || rho_theta), nats, the score: 0 is the exact tilt; in `trace` against rho_a
-    success   rho_theta(r = 1); target_success: rho_A's
-    modes     e^entropy of rho_theta given r = 1, the effective number of shortest paths;
-              target_modes: rho_A's; kl_modes: KL between the two laws given r = 1
-    paths     rho_theta of each shortest path given r = 1; target_paths: rho_A's
-    ess       effective sample size of the last phase, a share of its rollouts; seconds: of the arm
+GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
+    V, L, B, M    moves to choose from; moves of a path; rows of a batch; its masked positions
+    x1, xt, mask  finished paths (B, L); the same with some moves masked; where they are masked
+    rho_0         the distribution of the base model's paths
+    rho_a         rho_0(x) e^{a r(x)}, normalized: the base tilted by a                       (D1)
+    a, h, A       the tilt, the step from one tilt to the next, and the final tilt `a_end`
+    rho_theta     the distribution of the trained model's paths, unmasked in random order    (D11)
+    w, c          the weight e^{h r} of a path; the weight of the control variate            (D3)
+    teacher       the model at tilt a, which draws the rollouts; `student` moves to tilt a + h
+    arm           one method of the comparison; all arms get the same rollouts and steps
 
-CONTENTS   1 settings   2 the loop: `tilt`   3 control variates   4 schedules of h   5 the maze
-           6 the net   7 the exact judge   8 running   9 table and figures   10 command line
+THE METRICS (the keys of `rows` in the JSON)
+    kl        KL(rho_A || rho_theta) in nats, the score; in `trace` the target is rho_a
+    success   the probability that rho_theta gives to the shortest paths, where r = 1
+    modes     the effective number of shortest paths: e^entropy of rho_theta given r = 1
+    paths     the probability of each shortest path under rho_theta given r = 1
+    kl_modes  KL between rho_A given r = 1 and rho_theta given r = 1
+    target_success, target_modes, target_paths   the same numbers for rho_A
+    ess       the effective sample size of a phase's weights, as a share of its rollouts     (D9)
+    seconds   the training time of the arm
+
+CONTENTS   1 settings   2 the loop   3 control variates   4 schedules   5 the maze   6 the model
+           7 exact evaluation   8 running   9 table and figure   10 command line
 """
 
 import argparse
@@ -41,11 +56,11 @@ import os
 import platform
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
 from pathlib import Path
 
 import networkx as nx
@@ -56,233 +71,240 @@ from tqdm import tqdm
 
 import dtm
 
-V, MASK = 4, 4  # moves; the token of a hidden move
-MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # up, right, down, left
-DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker of the base prefers
-BYTES = 120  # for each state and position, at the peak of a process: measured on --grid 5
-BASE_LINE = "seed {seed}: base success {success:.5f}, {jump_ess:.0f} effective rollouts in one jump"
-ROW_LINE = (
-    "seed {seed} {arm:>16}: KL {kl:.3f}, success {success:.3f}, {modes:.2f} paths, {seconds:.0f} s"
-)
-ROLLOUT_ESS = 0.93  # of a phase whose h the rollouts choose; reaches A = 32 in about 16 phases
+V, MASK = 4, 4  # the number of moves; the token that stands for a masked move
+MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # (row, column) steps of each move
+DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker prefers
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
-def option(default: int | float | str, help: str):
+def setting(default: int | float | str, help: str):
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class Config:
-    """The settings of a run; each is a flag of the command line."""
+    """The settings of a run. Each one is also a flag of the command line."""
 
-    grid: int = option(4, "cells along a side of the maze; 4 and 5 are for any machine")
-    walker: str = option("away", "drift of the base's walker, away from or towards the goal")
-    a_end: float = option(32.0, "final tilt A, per unit of reward")
-    rollouts: int = option(32768, "sequences drawn per arm, all phases together")
-    steps: int = option(1600, "gradient steps per arm, all phases together")
-    phases: int = option(16, "annealing phases")
-    last: float = option(2.0, "rollouts and steps of the last phase, as a multiple of the others'")
-    batch: int = option(256, "sequences per gradient step")
-    lr: float = option(7e-3, "peak learning rate of the first phase, see `tilt`")
-    base_steps: int = option(800, "gradient steps of the base model")
-    base_batch: int = option(512, "walks per gradient step of the base model")
-    base_lr: float = option(3e-3, "peak learning rate of the base model")
-    width: int = option(32, "width of the model, for two attention heads a layer")
-    layers: int = option(2, "layers of the model")
-    mazes: int = option(0, "run on so many random mazes, one a seed; 0: on the default maze")
+    grid: int = setting(4, "Use a maze with this many cells per side; 5 needs 0.9 GB per process.")
+    walker: str = setting(
+        "away", "Let the base model's walker drift away from or towards the goal."
+    )
+    a_end: float = setting(32.0, "Stop at this tilt A, per unit of reward.")
+    rollouts: int = setting(32768, "Draw this many paths per arm, all phases together.")
+    steps: int = setting(1600, "Take this many gradient steps per arm, all phases together.")
+    phases: int = setting(16, "Divide the way to A into this many phases.")
+    last: float = setting(2.0, "Make the last phase this many times as long as each other phase.")
+    batch: int = setting(256, "Use this many paths per gradient step.")
+    lr: float = setting(7e-3, "Start the first phase at this learning rate.")
+    base_steps: int = setting(800, "Train the base model for this many gradient steps.")
+    base_batch: int = setting(512, "Use this many paths per gradient step of the base model.")
+    base_lr: float = setting(3e-3, "Train the base model at this peak learning rate.")
+    width: int = setting(32, "Give the model this width, an even number for two attention heads.")
+    layers: int = setting(2, "Give the model this many layers.")
+    mazes: int = setting(0, "Run on this many random mazes, one per seed, instead of the default.")
 
 
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 240, "phases": 8, "rollouts": 8192}
 
 
-@dataclass
+class Fitted(Enum):
+    """A control-variate weight c that the run fits to its own batches (section 3)."""
+
+    SCALAR = "one number for all positions"
+    NET = "a number c(xt, i) for each masked position, from a small net"
+
+
+@dataclass(frozen=True)
 class Arm:
-    """One way from rho_0 to rho_A; all have one base, as many rollouts and as many steps."""
+    """One way from rho_0 to rho_A. All arms share the base model and the budget."""
 
-    name: str  # in code, tables and figures
-    control: str = "learned c"  # or "best scalar c"
-    c: float | None = None  # a number, in place of a control that learns
-    normalize: bool = True  # weights divided by their mean over the phase's rollouts
-    schedule: str = "equal h"  # how h is chosen; or "rollouts", or "exact law"
-    phases: int = 0  # 0: Config.phases
-    weight: str = "tilt"  # e^{h r}; or "advantage", which leaves the reward alone
-    lr: float = 0.0  # 0: Config.lr
-    loss: str = "implicit"  # (D3); or "explicit" (D4), or "self-consistent" (D5)
-    order: str = "random"  # decoding order of the rollouts
-
-
-def paper(name: str, c: float, **changes) -> Arm:
-    """An arm as in the paper: c is a number, the weights are raw."""
-    return Arm(name, c=c, normalize=False, **changes)
+    name: str  # the name in tables, figures and JSON
+    c: float | Fitted = Fitted.NET
+    normalize: bool = True  # whether the weights are divided by their mean over the phase
+    loss: Callable = dtm.c_dtm_loss  # (D3); etm_loss is (D4), self_consistent_loss is (D5)
+    phases: int | None = None  # None stands for Config.phases
+    adaptive_h: bool = False  # whether the rollouts choose h; otherwise all steps are equal
+    reward_only: bool = False  # whether r - mean r replaces w, which gives a policy gradient
+    lr: float | None = None  # None stands for Config.lr
+    order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
 
 
-LOSSES = {"implicit": dtm.c_dtm_loss, "self-consistent": dtm.self_consistent_loss}  # see `tilt`
-C_0, C_1 = paper("c = 0", c=0.0), paper("c = 1", c=1.0)
-NORMALIZED = Arm("c = 1, w / mean", c=1.0)
-BEST_SCALAR, LEARNED = Arm("best scalar c", control="best scalar c"), Arm("learned c")
-REWARD_ALONE = Arm("reward alone", c=0.0, weight="advantage", lr=1e-3)
-ONE_JUMP = Arm("one jump", control="best scalar c", phases=1)
-H_BY_ROLLOUTS = Arm("h by rollouts", schedule="rollouts")
-BY_CERTAINTY = Arm("by certainty", order="state")
-MAIN = [REWARD_ALONE, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
+def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
+    """Return an arm as in the paper: c is a fixed number and the weights are not normalized."""
+    return Arm(name, c=c, normalize=False, loss=loss)
+
+
+C_0, C_1 = paper_arm("c = 0", c=0.0), paper_arm("c = 1", c=1.0)
+SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)  # from here on the arms are ours
+BEST_SCALAR, LEARNED = Arm("best scalar c", c=Fitted.SCALAR), Arm("learned c")
+REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
+ONE_JUMP = Arm("one jump", c=Fitted.SCALAR, phases=1)
+H_BY_ROLLOUTS = Arm("h by rollouts", adaptive_h=True)
+MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
 ABLATIONS = {
     "anneal": [*[Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)], H_BY_ROLLOUTS],
-    "cv": [C_0, paper("c = 0.5", 0.5), C_1, NORMALIZED, BEST_SCALAR, LEARNED],
-    "loss": [paper(loss, c=1.0, loss=loss) for loss in ("explicit", "implicit", "self-consistent")],
-    "sampler": [Arm("random order"), BY_CERTAINTY, Arm("by confidence", order="confidence")],
-    "ess": [Arm("equal h"), H_BY_ROLLOUTS, Arm("h by exact law", schedule="exact law")],
+    "cv": [C_0, paper_arm("c = 0.5", c=0.5), C_1, SELF_NORMALIZED, BEST_SCALAR, LEARNED],
+    "loss": [
+        paper_arm("explicit", c=1.0, loss=dtm.etm_loss),
+        paper_arm("implicit", c=1.0, loss=dtm.c_dtm_loss),
+        paper_arm("self-consistent", c=1.0, loss=dtm.self_consistent_loss),
+    ],
+    "sampler": [
+        Arm("random order"),
+        Arm("top-probability order", order="top_prob"),
+        Arm("low-confidence remasking", order="low_confidence"),
+    ],
+    "ess": [Arm("equal h"), H_BY_ROLLOUTS],
 }
 
 
 # ---- 2. The loop --------------------------------------------------------------------------------
 @dataclass
 class Phase:
-    """A finished phase of `tilt`, for who looks from outside; student and control learn on."""
+    """What `tilt` yields after each phase, for code that measures from outside the loop.
 
-    a: float  # the tilt at its start
-    h: float  # its increment
-    x1: Tensor  # (n, L) rollouts of the teacher
+    `student` and `control` are live objects that keep training.
+    """
+
+    a: float  # the tilt at the start of the phase
+    h: float  # its step
+    x1: Tensor  # (n, L) the rollouts of the teacher
     r: Tensor  # (n,) their rewards
     w: Tensor  # (n,) their weights
-    student: "MazeNet"  # at the end of the phase
-    teacher: dtm.Table  # at tilt a
-    next_teacher: dtm.Table  # at tilt a + h: the student, tabulated
+    student: "MazeNet"
+    teacher: dtm.Table  # the model at tilt a
+    next_teacher: dtm.Table  # the model at tilt a + h: the student as a table
     control: "FixedC | ScalarC | LearnedC"
 
 
 def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> Iterator[Phase]:
-    """DTM from rho_0, the MazeNet base, to rho_A: the six steps of dtm.py's head. choose_h(a, r)
-    says h at tilt a, where the rollouts have the rewards r (section 4)."""
+    """Run DTM from rho_0, the MazeNet `base`, to rho_A, and yield each phase when it is finished.
+
+    These are the six steps of the algorithm at the head of dtm.py. choose_h(a, r) returns the
+    step h at tilt a, where the rollouts have the rewards r (section 4).
+    """
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
-    torch.manual_seed(seed)  # for the first weights of a learned c
+    torch.manual_seed(seed)  # for the initial weights of a learned c
 
-    # 1. teacher = student = base
+    # 1. Start with teacher = student = base.
     student = copy.deepcopy(base)
     teacher = tabulate(student, maze.L)
-    optimiser = adam(student)  # its state lives on over the phases; the authors' code clears it
+    optimiser = adam(student)  # its state is kept over the phases; the authors' code clears it
     control = make_control(arm, maze.L, device)
     a = 0.0
-    plan = shares(cfg, arm.phases or cfg.phases)
+    plan = phase_sizes(cfg, arm.phases or cfg.phases)
     for k, (n, steps) in enumerate(plan):
-        # The later the phase, the less there is to move.
-        peak = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))
-        # 2. draw from the teacher, score, weigh
+        peak_lr = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))  # later phases move less
+        # 2. Draw rollouts from the teacher, compute their rewards, and weight them.
         blank = torch.full((n, maze.L), MASK, device=device)
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
-        if arm.weight == "advantage":
+        if arm.reward_only:
             w = r - r.mean()  # the loss is then a policy gradient on the bound (D6)
         for step in range(steps):
-            # 3. mask a batch
-            i = torch.randint(len(x1), (cfg.batch,), generator=noise, device=device)  # (B,)
+            # 3. Mask a batch. The indices are computed once, because a GPU has to wait for them.
+            i = torch.randint(n, (cfg.batch,), generator=noise, device=device)  # (B,)
             xt, mask = dtm.mask_random(x1[i], MASK, noise)  # (B, L) each
-            # 4. a step on c-DTM at the masked positions, M in all
-            logits, logits_a = student(xt, mask), teacher(xt, mask)  # (M, V)
-            token = x1[i][mask]  # (M,)
-            w_i = spread(w[i], mask)  # (M,)
-            c = control(xt, mask)  # a number or (M,)
-            if arm.loss == "explicit":
-                loss = dtm.etm_loss(logits, logits_a, token, spread(r[i], mask), h)  # (D4)
+            masked = mask.nonzero(as_tuple=True)  # rows and places of the M masked positions
+            row = masked[0]  # (M,)
+            # 4. Take a step on the loss at the masked positions.
+            logits, logits_a = student(xt, masked), teacher(xt, masked)  # (M, V) each
+            token, w_i = x1[i][masked], w[i][row]  # (M,) each
+            c = control(xt, masked)  # a number or (M,)
+            if arm.loss is dtm.etm_loss:
+                loss = dtm.etm_loss(logits, logits_a, token, r[i][row], h)  # (D4)
             else:
-                loss = LOSSES[arm.loss](logits, logits_a, token, w_i, c)  # (D3) or (D5)
-            take_step(optimiser, dtm.row_mean(loss, mask), lr=peak * (1 - step / steps))
-            control.learn(c, logits.detach(), logits_a, token, w_i, mask)
-        # 5. the student is the teacher of the next phase
+                loss = arm.loss(logits, logits_a, token, w_i, c)  # (D3) or (D5)
+            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  as in `dtm.mean_over_masked`
+            dtm.take_step(optimiser, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
+            control.learn(
+                c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_i, share=share
+            )
+        # 5. Make the student the teacher of the next phase.
         next_teacher = tabulate(student, maze.L)
         yield Phase(a, h, x1, r, w, student, teacher, next_teacher, control)
         teacher = next_teacher
         a += h
         if a >= cfg.a_end * (1 - 1e-9):
-            break  # 6. the tilt is A
+            break  # 6. Stop when the tilt is A.
 
 
-def shares(cfg: Config, phases: int) -> list[tuple[int, int]]:
-    """Rollouts and steps of each phase; the last phase is `cfg.last` times as long."""
-    pieces = []
+def phase_sizes(cfg: Config, phases: int) -> list[tuple[int, int]]:
+    """Return the numbers of rollouts and of steps of each phase.
+
+    The last phase is `cfg.last` times as long as each other phase.
+    """
+    sizes = []
     for total in (cfg.rollouts, cfg.steps):
         ends = [round(total * k / (phases - 1 + cfg.last)) for k in range(phases)] + [total]
-        pieces.append([high - low for low, high in itertools.pairwise(ends)])
-    return list(zip(*pieces, strict=True))
-
-
-def spread(per_row: Tensor, mask: Tensor) -> Tensor:
-    """A value a row (B,) at each of its masked positions, (M,)."""
-    return per_row[:, None].expand(mask.shape)[mask]
+        sizes.append([high - low for low, high in itertools.pairwise(ends)])
+    return list(zip(*sizes, strict=True))
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
-    fused = next(model.parameters()).device.type != "mps"
-    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=fused)
+    return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
 
 
-def take_step(optimiser: torch.optim.Adam, loss: Tensor, lr: float) -> None:
-    optimiser.param_groups[0]["lr"] = lr
-    optimiser.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(optimiser.param_groups[0]["params"], 1.0)
-    optimiser.step()
-
-
-# ---- 3. Control variates: what c is, and how it learns from a batch once that has been used ------
+# ---- 3. Control variates ------------------------------------------------------------------------
+# A control variate is called with a batch of states and returns c, a number or one per masked
+# position. Afterwards it learns from that batch: a c fitted to its own batch would be biased.
 @dataclass(eq=False)
 class FixedC:
-    """c is a number: 0 leaves the control variate out, 1 is the paper's."""
+    """c is a number. c = 0 leaves the control variate out, and c = 1 is the paper's choice."""
 
     c: float
 
-    def __call__(self, xt: Tensor, mask: Tensor) -> float:
+    def __call__(self, xt: Tensor, masked: tuple[Tensor, Tensor]) -> float:
         return self.c
 
-    def learn(self, c, logits, logits_a, token, w, mask) -> None:
+    def learn(self, c, *, logits, logits_a, token, w, share) -> None:
         pass
 
 
 class ScalarC(FixedC):
-    """c is the running best scalar (D8), of past batches: on its own batch it would be biased."""
+    """c is the running mean of the best scalar (D8) of past batches (ours)."""
 
-    def learn(self, c, logits, logits_a, token, w, mask) -> None:
-        share = spread(1 / mask.sum(1), mask)  # how `row_mean` weighs a position
-        best = dtm.best_c(logits, logits_a, token, w, share).item()  # (D8)
+    def learn(self, c, *, logits, logits_a, token, w, share) -> None:
+        best = dtm.best_scalar_c(logits, logits_a, token, w, share).item()  # (D8)
         self.c = 0.9 * self.c + 0.1 * best
 
 
 class LearnedC:
-    """c(xt, i) is a small net on the one-hot state that starts near 1 and regresses (D7)."""
+    """c(xt, i) is a small net that reads the state xt and regresses on the targets of (D7) (ours).
+
+    It starts near 1, and it has its own optimiser.
+    """
 
     def __init__(self, L: int, device: torch.device, hidden: int = 64):
         state, relu = nn.Linear(L * (V + 1), hidden), nn.ReLU()
         inner, out = nn.Linear(hidden, hidden), nn.Linear(hidden, L)
         self.net = nn.Sequential(state, relu, inner, relu, out).to(device)
-        self.optimiser = adam(self.net)  # of its own: the student does not share its steps
-        self.device = device
+        self.optimiser = adam(self.net)
 
-    def __call__(self, xt: Tensor, mask: Tensor) -> Tensor:
-        state = F.one_hot(xt.to(self.device), V + 1).flatten(1)  # (B, L (V + 1))
+    def __call__(self, xt: Tensor, masked: tuple[Tensor, Tensor]) -> Tensor:
+        state = F.one_hot(xt, V + 1).flatten(1)  # (B, L (V + 1))
         c = 1 + self.net(state.float())  # (B, L)
-        return c[mask.to(self.device)]
+        return c[masked]  # (M,)
 
-    def learn(self, c, logits, logits_a, token, w, mask) -> None:
-        # At theta = teacher, where y = w: less noise than at the student.
-        y, q = dtm.state_c_target(logits_a, logits_a, token, w)
-        take_step(self.optimiser, dtm.row_mean(q * (c - y) ** 2, mask), lr=2e-3)
+    def learn(self, c, *, logits, logits_a, token, w, share) -> None:
+        # At theta = teacher the target y is w, which has less noise than y at the student.
+        y, q = dtm.control_variate_targets(logits_a, logits_a, token, w)
+        dtm.take_step(self.optimiser, (share * q * (c - y) ** 2).sum(), lr=2e-3)
 
 
 def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
-    if arm.c is not None:
-        return FixedC(arm.c)
-    if arm.control == "best scalar c":
-        return ScalarC(1.0)
-    dtm.check(arm.control == "learned c", f"{arm.name}: no control {arm.control!r}")
-    return LearnedC(L, device)
+    if arm.c is Fitted.NET:
+        return LearnedC(L, device)
+    return ScalarC(1.0) if arm.c is Fitted.SCALAR else FixedC(arm.c)
 
 
-# ---- 4. Schedules: choose_h(a, r) at tilt a, from the rewards r of the phase's rollouts ----------
+# ---- 4. Schedules -------------------------------------------------------------------------------
+# A schedule choose_h(a, r) returns the step h at tilt a. r are the rewards of the phase's rollouts.
 class PlannedSteps:
-    """Steps that were known before the run."""
+    """The steps are known before the run."""
 
     def __init__(self, steps: list[float]):
         self.steps = iter(steps)
@@ -291,67 +313,44 @@ class PlannedSteps:
         return next(self.steps)
 
 
-@dataclass
 class StepsByRollouts:
-    """h keeps an effective sample size of the phase's own rollouts, which any run can know."""
+    """Each h keeps the effective sample size of the phase's own rollouts at a fixed share.
 
-    a_end: float
-    phases: int
-    begun: int = 0  # phases
+    No h is smaller than a tenth of an equal step, and the last phase takes what is left.
+    """
+
+    ESS = 0.93  # this share reaches A = 32 in about 16 phases
+
+    def __init__(self, a_end: float, phases: int):
+        self.a_end = a_end
+        self.phases = phases
+        self.started = 0
 
     def __call__(self, a: float, r: Tensor) -> float:
-        self.begun += 1
-        if self.begun == self.phases:  # the last phase takes what is left
-            return self.a_end - a
-        return max(dtm.next_h(r, ROLLOUT_ESS, self.a_end - a), 0.1 * self.a_end / self.phases)
+        self.started += 1
+        left = self.a_end - a
+        if self.started == self.phases:
+            return left
+        return max(dtm.next_h(r, self.ESS, left), 0.1 * self.a_end / self.phases)
 
 
-def make_schedule(arm: Arm, cfg: Config, judge: "Judge") -> Callable:
+def make_schedule(arm: Arm, cfg: Config) -> Callable[[float, Tensor], float]:
     phases = arm.phases or cfg.phases
-    enough = phases + cfg.last <= 1 + min(cfg.steps, cfg.rollouts)
-    dtm.check(enough, f"{phases} phases need as many steps and rollouts, and more for the last")
-    if arm.schedule == "rollouts":
+    if arm.adaptive_h:
         return StepsByRollouts(cfg.a_end, phases)
-    if arm.schedule == "equal h":
-        return PlannedSteps([cfg.a_end / phases] * phases)
-    dtm.check(arm.schedule == "exact law", f"{arm.name}: no schedule {arm.schedule!r}")
-    return PlannedSteps(equal_ess_steps(judge.rho_0, judge.r, cfg.a_end, phases))
-
-
-def equal_ess_steps(rho_0: Tensor, r: Tensor, a_end: float, phases: int) -> list[float]:
-    """`phases` steps of one effective sample size: a reference, from a law that no run knows."""
-    values, p_0 = reward_law(rho_0, r)  # a tilt sees no more of a law than this
-    low, high = 1e-6, 1.0
-    steps = [a_end / phases] * phases  # equal ones, where no size above 1e-6 will do
-    for _ in range(25):
-        ess = (low + high) / 2
-        trial, a = [], 0.0
-        while a < a_end * (1 - 1e-9) and len(trial) <= phases:
-            trial.append(dtm.next_h(values, ess, a_end - a, p=dtm.exact_tilt(p_0, values, a)))
-            a += trial[-1]
-        if len(trial) <= phases:  # steps that keep so much still arrive: ask for more
-            low = ess
-            steps = trial
-        else:
-            high = ess
-    return steps
-
-
-def reward_law(rho: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
-    """The values of the reward and their probabilities, float64."""
-    values, which = r.double().unique(return_inverse=True)
-    return values, torch.zeros_like(values).index_add(0, which, rho)
+    return PlannedSteps([cfg.a_end / phases] * phases)
 
 
 # ---- 5. The maze --------------------------------------------------------------------------------
 class Maze:
     """One maze, from the top left to the bottom right, as tables over its n * n cells.
 
-    next      (n*n, 4)  where each move leads: a wall or the edge is a bump, and the walker stays
+    next      (n*n, 4)  the cell that each move leads to; a bump leads to the same cell
     progress  (n*n,)    the reward of ending there, 1 - dist(cell, goal) / dist(start, goal)
     paths     (K, L)    the shortest paths as moves, in lexical order: the modes
-    policy    (n*n, 4)  the walker that makes the training data: weight 2 for the moves of its
-                        drift, 1 for other free moves, 0.3 for a bump
+    policy    (n*n, 4)  the move probabilities of the walker that makes the training data. It
+                        gives weight 2 to the moves of its drift, 1 to other free moves, and 0.3
+                        to a bump.
     """
 
     def __init__(self, walls: list[list[int]], drift: tuple[int, int] = DRIFT["away"]):
@@ -360,42 +359,42 @@ class Maze:
         graph = maze_graph(walls)
         start, goal = (0, 0), (n - 1, n - 1)
         distance = nx.single_source_shortest_path_length(graph, goal)
-        self.L = distance[start]  # moves: just enough
+        self.L = distance[start]  # the moves are just enough to reach the goal
 
         self.next = torch.arange(n * n)[:, None].repeat(1, 4)
-        self.progress = torch.zeros(n * n)  # walls are never visited
-        weight = torch.full((n * n, 4), 0.3)  # bumps, unless the move is free
+        self.progress = torch.zeros(n * n)  # the walls keep 0, as they are never visited
+        weight = torch.full((n * n, 4), 0.3)  # the weight of a bump
         for i, j in graph:
             cell = i * n + j
             self.progress[cell] = 1 - distance.get((i, j), self.L) / self.L
             for move, (di, dj) in MOVES.items():
                 there = (i + di, j + dj)
-                if there in graph:  # neither wall nor edge
+                if there in graph:  # it is neither a wall nor off the grid
                     self.next[cell, move] = there[0] * n + there[1]
                     weight[cell, move] = 2.0 if move in drift else 1.0
         self.policy = weight / weight.sum(1, keepdim=True)
 
-        moves = {step: move for move, step in MOVES.items()}  # by (row, column) step
+        move_of = {step: move for move, step in MOVES.items()}
         paths = []
         for cells in nx.all_shortest_paths(graph, start, goal):
             steps = itertools.pairwise(cells)
-            paths.append([moves[b[0] - a[0], b[1] - a[1]] for a, b in steps])
+            paths.append([move_of[b[0] - a[0], b[1] - a[1]] for a, b in steps])
         self.paths = torch.tensor(sorted(paths))
 
     def cells(self, x1: Tensor) -> Tensor:
-        """The cells (B, L + 1) on the paths x1 (B, L), start included."""
+        """Return the cells (B, L + 1) that the paths x1 (B, L) visit, the start included."""
         visited = [torch.zeros_like(x1[:, 0])]  # every path starts in cell 0
         for move in x1.T:
             visited.append(self.next[visited[-1], move])
         return torch.stack(visited, 1)
 
     def reward(self, x1: Tensor) -> Tensor:
-        """(B,), on the device of x1 (B, L)."""
+        """Return the rewards (B,) of the paths x1 (B, L), on their device."""
         return self.progress[self.cells(x1.cpu())[:, -1]].to(x1.device)
 
     def walks(self, n: int, generator: Generator) -> Tensor:
-        """n paths (n, L) of the noisy walker, the training data of the base model."""
-        cell = torch.zeros(n, dtype=torch.long)  # all walkers start there
+        """Return n paths (n, L) of the noisy walker, the training data of the base model."""
+        cell = torch.zeros(n, dtype=torch.long)
         moves = []
         for _ in range(self.L):
             moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
@@ -404,13 +403,14 @@ class Maze:
 
 
 def maze_graph(walls: list[list[int]]) -> nx.Graph:
+    """Return the graph of the free cells (row, column); neighbours are joined by an edge."""
     graph = nx.grid_2d_graph(len(walls), len(walls))
     graph.remove_nodes_from([(i, j) for i, j in list(graph) if walls[i][j]])
     return graph
 
 
 def make_maze(cfg: Config, seed: int = 0) -> Maze:
-    """The maze of a seed: with --mazes the seed-th random one, else the default one for all."""
+    """Return the maze of a seed: with --mazes a random one, otherwise the same for all seeds."""
     if cfg.mazes:
         return Maze(random_walls(cfg.grid, seed), DRIFT[cfg.walker])
     if cfg.grid == 4:
@@ -422,25 +422,32 @@ def make_maze(cfg: Config, seed: int = 0) -> Maze:
 
 
 def random_walls(n: int, k: int) -> list[list[int]]:
-    """The k-th of a list of mazes, always the same, with 2 to 8 shortest paths of 2n - 2 moves."""
+    """Return the walls of the k-th random maze, the same in every run.
+
+    It has 2 to 8 shortest paths, each of 2n - 2 moves.
+    """
     draw = random.Random(0)
-    cells = list(itertools.product(range(n), repeat=2))[1:-1]  # without start and goal
-    found = []
-    while len(found) <= k:
+    cells = list(itertools.product(range(n), repeat=2))[1:-1]  # all but the start and the goal
+    mazes = []
+    while len(mazes) <= k:
         walls = [[0] * n for _ in range(n)]
         for i, j in draw.sample(cells, draw.randint(n // 2, 3 * n // 2)):
             walls[i][j] = 1
         graph = maze_graph(walls)
-        if walls not in found and nx.has_path(graph, (0, 0), (n - 1, n - 1)):
+        if walls not in mazes and nx.has_path(graph, (0, 0), (n - 1, n - 1)):
             routes = list(nx.all_shortest_paths(graph, (0, 0), (n - 1, n - 1)))
             if len(routes[0]) == 2 * n - 1 and 2 <= len(routes) <= 8:
-                found.append(walls)
-    return found[k]
+                mazes.append(walls)
+    return mazes[k]
 
 
-# ---- 6. The net and its base training -----------------------------------------------------------
+# ---- 6. The model and its base training ---------------------------------------------------------
 class MazeNet(nn.Module):
-    """A bidirectional transformer over partly masked paths; the model protocol of dtm.py."""
+    """A bidirectional transformer over partly masked paths.
+
+    model(xt) returns logits (B, L, V). model(xt, where) returns the logits (M, V) at the positions
+    `where`, a boolean mask (B, L) or the index tuple that mask.nonzero(as_tuple=True) returns.
+    """
 
     def __init__(self, L: int, cfg: Config):
         super().__init__()
@@ -451,348 +458,362 @@ class MazeNet(nn.Module):
         self.body = nn.TransformerEncoder(layer, cfg.layers, norm, enable_nested_tensor=False)
         self.head = nn.Linear(cfg.width, V)
 
-    def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
+    def forward(self, xt: Tensor, where: Tensor | tuple[Tensor, Tensor] | None = None) -> Tensor:
         place = torch.arange(xt.shape[1], device=xt.device)  # (L,)
         x = self.body(self.embed(xt + (V + 1) * place))  # (B, L, width)
         return self.head(x if where is None else x[where])  # (B, L, V) or (M, V)
 
 
 def train_base(maze: Maze, cfg: Config, seed: int, device: str) -> MazeNet:
-    """rho_0 by denoising cross-entropy on fresh walks, which is (D3) with w = 1 and c = 0."""
-    torch.manual_seed(seed)  # initial weights are all that torch draws without a named generator
+    """Return the base model, trained by cross-entropy at masked positions of fresh walks.
+
+    This is the loss (D3) with w = 1 and c = 0.
+    """
+    torch.manual_seed(seed)  # for the initial weights; all else has a generator of its own
     net = MazeNet(maze.L, cfg).to(device)
     walker = Generator().manual_seed(seed)
-    masker = Generator(device).manual_seed(seed)
+    noise = Generator(device).manual_seed(seed)
     optimiser = adam(net)
     for step in range(cfg.base_steps):
         x1 = maze.walks(cfg.base_batch, walker).to(device)  # (B, L)
-        xt, mask = dtm.mask_random(x1, MASK, masker)
+        xt, mask = dtm.mask_random(x1, MASK, noise)
         loss = F.cross_entropy(net(xt, mask), x1[mask], reduction="none")  # (M,)
-        lr = cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps)  # with warm-up
-        take_step(optimiser, dtm.row_mean(loss, mask), lr)
+        lr = cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps)  # with a warm-up
+        dtm.take_step(optimiser, dtm.mean_over_masked(loss, mask), lr)
     return net
 
 
 @torch.no_grad()
 def tabulate(net: nn.Module, L: int) -> dtm.Table:
-    """The net as a table over all 5^L states: one forward pass each, look-ups afterwards."""
+    """Return the net as a table over all 5^L states, so that later calls are look-ups."""
     states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
     logits = torch.empty(len(states), L, V, device=states.device)
-    for piece, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
-        piece.copy_(net(xt))  # in place: pieces that are kept would fragment the memory
+    for rows, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
+        rows.copy_(net(xt))  # in place, because many small results would fragment the memory
     return dtm.Table(logits).requires_grad_(False)
 
 
-# ---- 7. The judge: exact, on the CPU, in float64 ------------------------------------------------
-class Judge:
-    """Measures models against the tilts of one base."""
+# ---- 7. Exact evaluation, on the CPU and in float64 ---------------------------------------------
+class ExactEvaluation:
+    """Measures models against the tilts of one base model.
+
+    x        (V**L, L)  all paths
+    r        (V**L,)    their rewards
+    rho_0    (V**L,)    their probabilities under the base model
+    optimal  (K,)       the rows of x that are shortest paths
+    """
 
     def __init__(self, maze: Maze, base: dtm.Table):
-        self.x = dtm.all_sequences(V, maze.L)  # (V**L, L)  every path
-        self.r = maze.reward(self.x)  # (V**L,)
-        self.rho_0 = law(base)  # (V**L,)
-        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)  # (K,)  in x
+        self.x = dtm.all_sequences(V, maze.L)
+        self.r = maze.reward(self.x)
+        self.rho_0 = path_distribution(base)
+        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)
 
     def measure(self, table: dtm.Table, a: float) -> dict:
-        """The metrics of the file's head, against rho_a."""
-        rho, target = law(table), dtm.exact_tilt(self.rho_0, self.r, a)  # (V**L,) each
-        paths, target_paths = rho[self.optimal], target[self.optimal]  # (K,) each
-        given, target_given = paths / paths.sum(), target_paths / target_paths.sum()
+        """Return the metrics of the file's head for a model, with rho_a as the target."""
+        rho, target = path_distribution(table), dtm.exact_tilt(self.rho_0, self.r, a)
+        success, target_success = rho[self.optimal].sum(), target[self.optimal].sum()
+        paths, target_paths = rho[self.optimal] / success, target[self.optimal] / target_success
         return {
             "a": a,
             "kl": kl(target, rho),
-            "success": paths.sum().item(),
-            "target_success": target_paths.sum().item(),
-            "modes": torch.special.entr(given).sum().exp().item(),
-            "target_modes": torch.special.entr(target_given).sum().exp().item(),
-            "kl_modes": kl(target_given, given),
-            "paths": given.tolist(),
-            "target_paths": target_given.tolist(),
+            "success": success.item(),
+            "target_success": target_success.item(),
+            "modes": torch.special.entr(paths).sum().exp().item(),
+            "target_modes": torch.special.entr(target_paths).sum().exp().item(),
+            "kl_modes": kl(target_paths, paths),
+            "paths": paths.tolist(),
+            "target_paths": target_paths.tolist(),
         }
 
 
-def law(table: dtm.Table) -> Tensor:
-    """rho_theta (V**L,) of a table, on the CPU."""
+def path_distribution(table: dtm.Table) -> Tensor:
+    """Return rho_theta (V**L,), float64, for a model given as a table."""
     return dtm.exact_marginal(dtm.Table(table.logits.cpu()), V, table.logits.shape[1]).detach()
 
 
+def reward_distribution(rho: Tensor, r: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the distinct values of the rewards r and their probabilities, float64."""
+    values, which = r.double().unique(return_inverse=True)
+    return values, torch.zeros_like(values).index_add(0, which, rho)
+
+
 def kl(p: Tensor, q: Tensor) -> float:
+    """Return KL(p || q) in nats."""
     return torch.xlogy(p, p / q).sum().item()
 
 
-# ---- 8. Running: bases first, then every arm on every base, a process a core ---------------------
+# ---- 8. Running: first the base models, then every arm on every base ----------------------------
+BASE_LINE = (
+    "seed {seed}: the base model succeeds with probability {success:.5f}; "
+    "one jump to A leaves {jump_ess:.0f} effective rollouts"
+)
+ROW_LINE = (
+    "seed {seed}, {arm}: KL {kl:.3f}, success {success:.3f}, {modes:.2f} paths, {seconds:.0f} s"
+)
+
+
 def run_base(cfg: Config, seed: int, device: str) -> dict:
-    """A seed's base: its weights and what is known of it."""
+    """Train the base model of a seed, and return it with what is known about it."""
     maze = make_maze(cfg, seed)
     net = train_base(maze, cfg, seed, device)
     table = tabulate(net, maze.L)
-    judge = Judge(maze, table)
-    target = dtm.exact_tilt(judge.rho_0, judge.r, cfg.a_end)
-    values, p = reward_law(judge.rho_0, judge.r)
+    evaluation = ExactEvaluation(maze, table)
+    target = dtm.exact_tilt(evaluation.rho_0, evaluation.r, cfg.a_end)
+    values, p = reward_distribution(evaluation.rho_0, evaluation.r)
     return {
         "seed": seed,
         "walls": maze.walls,
         "net": net.cpu(),
-        "reward_law": {"values": values.tolist(), "p": p.tolist()},
-        "jump_ess": cfg.rollouts / (target.square() / judge.rho_0).sum().item(),
-        **judge.measure(table, a=0.0),
+        "reward_distribution": {"values": values.tolist(), "p": p.tolist()},
+        "jump_ess": cfg.rollouts / (target.square() / evaluation.rho_0).sum().item(),
+        **evaluation.measure(table, a=0.0),
     }
 
 
 def run_arm(cfg: Config, arm: Arm, base: dict, device: str, look: Callable | None = None) -> dict:
-    """A row of the result; look(phase, judge, arm) may add metrics to a phase's record."""
-    maze = make_maze(cfg, base["seed"])
+    """Run one arm on one base model, and return its row of the result.
+
+    look(phase, evaluation, arm) may return further metrics for the record of a phase.
+    """
+    maze, seed = make_maze(cfg, base["seed"]), base["seed"]
     net = base["net"].to(device)
-    judge = Judge(maze, tabulate(net, maze.L))
-    schedule = make_schedule(arm, cfg, judge)
+    evaluation = ExactEvaluation(maze, tabulate(net, maze.L))
     trace = []
-    for phase, record in follow(tilt(net, maze, arm, cfg, schedule, base["seed"]), judge):
-        trace.append(record | (look(phase, judge, arm) if look else {}))
-    return {"arm": arm.name, "seed": base["seed"], **trace[-1], "trace": trace}
+    phases = tilt(net, maze, arm=arm, cfg=cfg, choose_h=make_schedule(arm, cfg), seed=seed)
+    for phase, record in follow(phases, evaluation):
+        trace.append(record | (look(phase, evaluation, arm) if look else {}))
+    return {"arm": arm.name, "seed": seed, **trace[-1], "trace": trace}
 
 
-def follow(phases: Iterator[Phase], judge: Judge) -> Iterator[tuple[Phase, dict]]:
-    """Measures a run from outside, phase by phase."""
-    seconds = 0.0
-    clock = time.perf_counter()
-    for phase in phases:  # the loop trains while next() waits
+def follow(phases: Iterator[Phase], evaluation: ExactEvaluation) -> Iterator[tuple[Phase, dict]]:
+    """Yield each phase with its metrics. The time that measuring takes is not counted."""
+    seconds, clock = 0.0, time.perf_counter()
+    for phase in phases:
         seconds += time.perf_counter() - clock
-        record = judge.measure(phase.next_teacher, phase.a + phase.h)
+        record = evaluation.measure(phase.next_teacher, phase.a + phase.h)
         ess = (phase.w.mean().square() / phase.w.square().mean()).item()  # (D9)
         yield phase, record | {"h": phase.h, "ess": ess, "seconds": seconds}
         clock = time.perf_counter()
 
 
-def experiment(cfg: Config, arms: list, seeds: list[int], args, run: Callable = run_arm) -> dict:
-    """Every arm on every seed's base. run(cfg, arm, base, device) makes a row, printed at once."""
-    start = time.time()
-    bases, rows, names = [], [], [arm.name for arm in arms]
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))  # one thread each
+def experiment(
+    cfg: Config, arms: list, args: argparse.Namespace, make_row: Callable = run_arm
+) -> dict:
+    """Run every arm on the base model of every seed, and return the result.
+
+    make_row(cfg, arm, base, device) runs one arm in one of `args.jobs` processes. A ValueError in
+    one of them ends the program with its message.
+    """
+    start, names = time.time(), [arm.name for arm in arms]
+    context = multiprocessing.get_context("spawn")  # a fork could not use CUDA
+    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))
+    bar = tqdm(total=len(args.seeds) * (1 + len(arms)), unit="run", smoothing=0)
+
+    def finish(futures: list, line: str) -> list[dict]:
+        for future in as_completed(futures):
+            bar.write(line.format_map(future.result()))
+            bar.update()
+        return [future.result() for future in futures]
+
     try:
-        with tqdm(total=len(seeds) * (1 + len(arms)), unit="run", smoothing=0) as bar:
-            for future in as_completed([pool.submit(run_base, cfg, s, args.device) for s in seeds]):
-                bases.append(future.result())
-                bar.write(BASE_LINE.format_map(bases[-1]))
-                bar.update()
-            tasks = itertools.product(arms[::-1], bases)  # lists of arms end with the slowest
-            futures = [pool.submit(run, cfg, arm, base, args.device) for arm, base in tasks]
-            for future in as_completed(futures):
-                rows.append(future.result())
-                bar.write(ROW_LINE.format_map(rows[-1]))
-                bar.update()
+        futures = [pool.submit(run_base, cfg, seed, args.device) for seed in args.seeds]
+        bases = finish(futures, BASE_LINE)
+        tasks = itertools.product(arms[::-1], bases)  # the slowest arms come last in the lists
+        futures = [pool.submit(make_row, cfg, *task, args.device) for task in tasks]
+        rows = finish(futures, ROW_LINE)
     except ValueError as error:
-        sys.exit(f"stopped: {error}")
+        sys.exit(f"The run stopped: {error}")
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, too, nothing more is begun
+        bar.close()
+        pool.shutdown(cancel_futures=True)
     return {
         "command": args.command,
-        "seeds": seeds,
+        "seeds": args.seeds,
         "seconds": time.time() - start,
         "config": asdict(cfg),
         "arms": [asdict(arm) for arm in arms],
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": args.device},
+        "machine": {"system": platform.platform(), "cores": processors(), "device": args.device},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "nets": {base["seed"]: base.pop("net") for base in bases},  # for scripts; not in the JSON
-        "bases": sorted(bases, key=lambda base: base["seed"]),
+        "nets": {base["seed"]: base.pop("net") for base in bases},  # `save_result` leaves them out
+        "bases": bases,
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
 
 
-# ---- 9. Table and figures: from the result, or its JSON, alone ----------------------------------
+def processors() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+
+
+# ---- 9. The table and the figure, from the result or its JSON -----------------------------------
 COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target"}
-COLUMNS |= {"modes": "eff. paths", "target_modes": "their target"}
-COLOURS = ["#000000", "#D55E00", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#999999"]
+COLUMNS |= {"modes": "paths kept", "target_modes": "their target"}
 
 
 def by_arm(result: dict) -> dict[str, list[dict]]:
-    """The rows of each arm, one a seed."""
-    groups = {arm["name"]: [] for arm in result["arms"]}
-    for row in result["rows"]:
-        groups[row["arm"]].append(row)
-    return groups
+    """Return the rows of each arm, one per seed."""
+    names = [arm["name"] for arm in result["arms"]]
+    return {name: [row for row in result["rows"] if row["arm"] == name] for name in names}
 
 
 def mean_and_error(rows: list[dict], key: str) -> tuple[float, float]:
-    """The mean of a metric over the seeds and its standard error, NaN for a single seed."""
+    """Return the mean of a metric over the rows and its standard error, NaN for a single row."""
     t = torch.tensor([row[key] for row in rows], dtype=torch.float64)
     error = t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
     return t.mean().item(), error
 
 
 def format_table(result: dict, columns: dict[str, str]) -> str:
+    """Return a table with one line per arm. A dash stands where an arm lacks the metric."""
     arms = by_arm(result)
     width = max(len(name) for name in arms)
-    lines = [f"Mean +- standard error over {len(result['seeds'])} seeds; all exact."]
-    lines.append(" " * width + "".join(f"{title:>17}" for title in columns.values()))
+    lines = [" " * width + "".join(f"{title:>17}" for title in columns.values())]
     for name, rows in arms.items():
-        lines.append(f"{name:>{width}}")
+        cells = []
         for key in columns:
-            cell = "-"  # where a metric means nothing for an arm
-            if all(row.get(key) is not None for row in rows):
-                mean, error = mean_and_error(rows, key)
-                cell = f"{mean:.3f}" if math.isnan(error) else f"{mean:.3f} +- {error:.3f}"
-            lines[-1] += f"{cell:>17}"
-    return "\n".join(lines)
+            known = all(row.get(key) is not None for row in rows)
+            cell = "{:.3f} +- {:.3f}".format(*mean_and_error(rows, key)) if known else "-"
+            cells.append(cell.removesuffix(" +- nan"))
+        lines.append(f"{name:>{width}}" + "".join(f"{cell:>17}" for cell in cells))
+    seeds = f"mean +- standard error over {len(rows)} seeds" if len(rows) > 1 else "one seed"
+    return "\n".join([*lines, f"Each model is measured exactly; the table shows {seeds}."])
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    half = path.with_name(f".half-{path.name}")  # renamed when it is whole: nobody reads half
-    save(half)
-    half.replace(path)
+def save_result(out: Path, name: str, result: dict) -> Path:
+    """Write OUT/data/NAME.json without the networks, and return its path."""
+    file = out / "data" / f"{name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shown = {key: value for key, value in result.items() if key != "nets"}
+    file.write_text(json.dumps(shown, default=lambda value: getattr(value, "__name__", str(value))))
+    return file
 
 
-def save_result(file: Path, result: dict) -> None:
-    text = json.dumps({key: value for key, value in result.items() if key != "nets"})
-    write(file, lambda half: half.write_text(text))
+def title_of(result: dict) -> str:
+    """Return the claim of the main figure, or a description where other arms ran."""
+    arms = by_arm(result)
+    if not {REWARD_ONLY.name, LEARNED.name} <= set(arms):
+        return "Each bar shows how one run divides its probability among the shortest paths"
+    target, _ = mean_and_error(arms[LEARNED.name], "target_modes")
+    few, many = [mean_and_error(arms[arm.name], "modes")[0] for arm in (REWARD_ONLY, LEARNED)]
+    claim = f"Training on reward only keeps {few:.1f} of {target:.1f} shortest paths"
+    return f"{claim}; annealing with a learned c keeps {many:.1f}"
 
 
-def pyplot():
-    import matplotlib
+def draw(result: dict, path: Path) -> None:
+    """Draw what every arm makes of the shortest paths, with its mean KL to the target above."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # pyplot could have a backend that a notebook has chosen
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    spines = {"axes.spines.top": False, "axes.spines.right": False}
-    plt.rcParams.update({"font.size": 10, "savefig.dpi": 200, "legend.frameon": False, **spines})
-    return plt
-
-
-def save_figure(figure, path: Path) -> Path:
-    write(path, lambda half: figure.savefig(half, format="png"))
-    pyplot().close(figure)
-    return path
-
-
-def draw(result: dict, path: Path) -> Path:
-    """What every arm makes of the shortest paths: a bar a seed, a shade a path, the KL above."""
-    plt = pyplot()
-    figure, axis = plt.subplots(figsize=(8.8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8.8, 3.6), layout="constrained")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
     arms = by_arm(result)
     any_arm = next(iter(arms.values()))
     target = [{"success": r["target_success"], "paths": r["target_paths"]} for r in any_arm]
     groups = {"base": result["bases"], **arms, "exact target": target}
-    most = max(len(base["paths"]) for base in result["bases"])
-    shades = plt.get_cmap("Blues_r")([0.05 + 0.8 * k / max(1, most - 1) for k in range(most)])
     for place, (name, rows) in enumerate(groups.items()):
         for k, row in enumerate(rows):
-            x = place + 0.8 * ((k + 0.5) / len(rows) - 0.5)  # side by side in the group
+            x = place + 0.8 * ((k + 0.5) / len(rows) - 0.5)  # side by side within the group
             bottom = 0.0
-            for share, shade in zip(row["paths"], shades, strict=False):
+            for path_number, share in enumerate(row["paths"]):
+                shade = colormaps["Blues_r"](0.05 + 0.8 * path_number / len(row["paths"]))
                 axis.bar(x, row["success"] * share, 0.7 / len(rows), bottom, color=shade)
                 bottom += row["success"] * share
         if name in arms:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
-    kept = {name: mean_and_error(rows, "modes")[0] for name, rows in arms.items()}
-    ends = [min(kept, key=kept.get), min(arms, key=lambda name: mean_and_error(arms[name], "kl"))]
-    ends = [f"'{name}' {kept[name]:.1f}" for name in ends]  # the fewest paths, the nearest law
-    goal = mean_and_error(any_arm, "target_modes")[0]
-    axis.set_title(f"of {goal:.1f} shortest paths, a shade each, {', '.join(ends)} are kept")
+    axis.set_title(title_of(result), fontsize=11)
     axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 9 else 20)
-    axis.set(ylabel="probability; a bar is a seed", ylim=(0, 1.1))
-    return save_figure(figure, path)
+    axis.set(
+        ylim=(0, 1.1),
+        ylabel="probability of the shortest paths\n(one bar per seed, one shade per path)",
+    )
+    figure.savefig(path, dpi=200)
 
 
 # ---- 10. The command line -----------------------------------------------------------------------
-def make_parser(description: str, without: tuple = ()) -> argparse.ArgumentParser:
-    """The flags that the scripts in figures/ have too, but for the settings that one has not."""
-    parser = argparse.ArgumentParser(description=description)
-    add = parser.add_argument
-    add("--seeds", type=int, help="seeds, each with its own base (default: one a process)")
-    add("--first-seed", type=int, default=0, help="the first of the seeds (default 0)")
-    add("--quick", action="store_true", help=f"half a minute on 2 cores, a sketch: {QUICK}")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="default auto")
-    add("--jobs", type=int, help="processes (default: the cores, at most 8; 1 on a GPU)")
-    add("--out", type=Path, default=Path("figures"), help="folder of results (default figures)")
-    add("--plot-only", action="store_true", help="only draw the results in --out again")
-    for f in fields(Config):
-        if f.name not in without:
-            choices = {"walker": DRIFT, "grid": range(4, 8)}.get(f.name)
-            text = f"{f.metadata['help']} (default {f.default})"
-            add(f"--{f.name.replace('_', '-')}", type=f.type, choices=choices, help=text)
-    return parser
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to run. The scripts in figures/ have them, too."""
+
+    def add(flag: str, help: str, **options) -> None:
+        parser.add_argument(flag, help=help, **options)
+
+    add("--seeds", "Run this many seeds (default: one per process, or 3 on a GPU).", type=int)
+    add("--first-seed", "Number the seeds from here (default 0).", type=int, default=0)
+    add("--quick", "Run one seed at a smaller size, as a sketch.", action="store_true")
+    text = "Train on this device; auto takes cuda if there is one, otherwise cpu (default auto)."
+    add("--device", text, default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    text = "Run this many processes (default: one per processor, at most 8, or 4 on a GPU)."
+    add("--jobs", text, type=int)
+    text = "Write pictures to this folder and JSON to its subfolder data (default runs/maze)."
+    add("--out", text, type=Path, default=Path("runs/maze"))
 
 
-def read_settings(parser: argparse.ArgumentParser, preset: dict) -> tuple:
-    """Config, seeds, and the flags, filled in; what cannot be stops here, with one sentence."""
-    args = parser.parse_args()
-    given = {f.name: getattr(args, f.name, None) for f in fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    cfg = Config(**preset | (QUICK if args.quick else {}) | given)
+def complete_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in the defaults that depend on the machine, and make `seeds` a list."""
     if args.device == "auto":
-        mps = "mps" if torch.backends.mps.is_available() else "cpu"
-        args.device = "cuda" if torch.cuda.is_available() else mps
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.jobs is None:
-        args.jobs = min(8, os.cpu_count() or 1) if args.device == "cpu" else 1
-    default = cfg.mazes or (1 if args.quick else args.jobs)
-    count = default if args.seeds is None else args.seeds
-    check_settings(parser, cfg, args, count)
-    file = Path(sys.argv[0])
-    module = f"-m figures.{file.stem}"
-    args.script = f"python {module if file.parent.name == 'figures' else file.name}"
-    args.command = " ".join([args.script, *sys.argv[1:]])
-    return cfg, list(range(args.first_seed, args.first_seed + count)), args
-
-
-def check_settings(parser: argparse.ArgumentParser, cfg: Config, args, count: int) -> None:
-    for name, value in {**asdict(cfg), "jobs": args.jobs, "seeds": count}.items():
-        exempt = name == "walker" or (name, value) == ("mazes", 0)
-        if not exempt and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be positive and finite, not {value}")
-    if args.seeds is not None and cfg.mazes:
-        parser.error("--mazes N already says how many seeds; leave out --seeds")
-    if not 0 <= args.first_seed < args.first_seed + count <= 1000:
-        parser.error("--first-seed and --seeds or --mazes must stay within seeds 0 to 999")
-    if cfg.width % 2:
-        parser.error(f"--width {cfg.width} must be even, for two attention heads")
-    L = 2 * cfg.grid - 2  # moves
-    need = args.jobs * (0.4 + BYTES * L * (V + 1) ** L / 2**30)
-    if hasattr(os, "sysconf"):
-        have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        if need > have:
-            parser.error(f"--grid {cfg.grid} takes {need:.0f} GiB, of {have:.0f}; try --jobs 1")
+        args.jobs = min(processors(), {"cpu": 8, "cuda": 4, "mps": 1}[args.device])
+    if args.seeds is None:
+        args.seeds = 1 if args.quick else args.jobs if args.device == "cpu" else 3
+    if min(args.seeds, args.jobs) < 1 or args.first_seed < 0:
+        parser.error("--seeds and --jobs must be at least 1, and --first-seed at least 0.")
+    args.seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     try:
-        torch.zeros(1, device=args.device)  # fails where there is no such device
+        torch.zeros(1, device=args.device)  # fails if there is no such device
         args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
     except (RuntimeError, AssertionError, OSError) as error:
-        parser.error(f"--device {args.device} or --out {args.out}: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        parser.error(f"cannot use --device {args.device} or --out {args.out}: {reason}")
 
 
-def main() -> None:
-    parser = make_parser("DTM on a maze, every number exact; the file's head explains the metrics.")
-    parser.add_argument("--ablate", choices=ABLATIONS, help="the arms of one question")
-    cfg, seeds, args = read_settings(parser, preset={})
-    if args.plot_only:
-        redraw(parser, args, draw)
-        return
-    arms = ABLATIONS[args.ablate] if args.ablate else MAIN
-    most = max(arm.phases or cfg.phases for arm in arms)  # phases of any arm
+def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    about = "Run DTM on a maze. The head of the file explains the task, the arms and the metrics."
+    parser = argparse.ArgumentParser(description=about)
+    text = "Run the arms of one question instead of the main comparison."
+    parser.add_argument("--ablate", choices=ABLATIONS, help=text)
+    add_run_flags(parser)
+    for f in fields(Config):
+        choices = {"grid": (4, 5), "walker": DRIFT}.get(f.name)
+        text = f"{f.metadata['help']} (default {f.default})"
+        parser.add_argument(
+            f"--{f.name.replace('_', '-')}", type=f.type, choices=choices, help=text
+        )
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in fields(Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if name != "walker" and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} is not positive and finite.")
+    if args.mazes and args.seeds:
+        parser.error(f"--mazes {args.mazes} already says how many seeds run; leave out --seeds.")
+    args.seeds = args.mazes or args.seeds
+    complete_run_flags(parser, args)
+    cfg = Config(**(QUICK if args.quick else {}) | given)
+    args.arms = ABLATIONS[args.ablate] if args.ablate else MAIN
+    most = max(arm.phases or cfg.phases for arm in args.arms)
     if min(cfg.steps, cfg.rollouts) < most - 1 + cfg.last:
-        parser.error(f"{most} phases need more --steps and --rollouts, {cfg.last:g} for the last")
-    print(f"{args.device}, float32, laws in float64; {args.jobs} processes, {len(seeds)} seeds")
-    result = experiment(cfg, arms, seeds, args)
-    print(f"\n{format_table(result, COLUMNS)}\n{len(seeds)} seeds in {result['seconds']:.0f} s")
+        parser.error(f"{most} phases need more --steps and --rollouts, or give fewer --phases.")
+    if cfg.width % 2:
+        parser.error(f"--width {cfg.width} is odd; two attention heads need an even width.")
+    return cfg, args
+
+
+def main(argv: list[str] | None = None) -> None:
+    cfg, args = read_command_line(argv)
+    args.command = " ".join(["python maze_lab.py", *(sys.argv[1:] if argv is None else argv)])
     parts = {"quick": args.quick, f"ablate_{args.ablate}" if args.ablate else "main": True}
     parts |= {f"grid{cfg.grid}": cfg.grid != 4, "mazes": cfg.mazes, "towards": cfg.walker != "away"}
-    file = args.out / ("_".join(part for part, on in parts.items() if on) + ".json")
-    save_result(file, result)
-    print("wrote", file, draw(result, file.with_suffix(".png")))
-
-
-def redraw(parser: argparse.ArgumentParser, args, draw: Callable) -> None:
-    """--plot-only: draws what the same script has written to --out."""
-    drawn = []
-    for file in sorted(args.out.glob("*.json")):
-        try:
-            result = json.loads(file.read_text())
-        except ValueError:
-            parser.error(f"{file} is no JSON: delete it, or make it again")
-        if "bases" in result and result["command"].startswith(args.script):
-            drawn.append(draw(result, file.with_suffix(".png")))
-    if not drawn:
-        parser.error(f"no JSON of this script in {args.out}: run without --plot-only first")
-    print("wrote", *drawn)
+    name = "_".join(part for part, on in parts.items() if on)
+    print(f"{len(args.seeds)} seeds run in {args.jobs} processes on the device {args.device}.")
+    result = experiment(cfg, args.arms, args)
+    print(f"\n{format_table(result, COLUMNS)}\nThe run took {result['seconds']:.0f} s.")
+    print("The numbers are in", save_result(args.out, name, result))
+    draw(result, args.out / f"{name}.png")
+    print("The picture is", args.out / f"{name}.png")
 
 
 if __name__ == "__main__":
