@@ -4,15 +4,15 @@
     torchrun --nproc_per_node=2 -m figures.toy_llada               the same on two processes
     python -m figures.toy_llada --draw runs/learned-? runs/one-?   the figure of six runs
 
-The task is 4 x 4 Sudoku: the prompt is the puzzle, the answer its 16 digits. The base model has
-216,640 parameters and is sloppy: it learned from answers in which a row was solved with chance .3
-and otherwise filled with its missing digits in ascending order. The runs of the figure, for SEED
-0, 1, 2; the second reuses the first one's base:
+The task is 4 x 4 Sudoku: the prompt is the puzzle, the completion its 16 digits. The base model has
+216,640 parameters and makes mistakes on purpose: in its training data each row of the grid was
+solved with probability 0.3, and otherwise filled with its missing digits in ascending order. The
+figure's runs, for SEED in 0, 1, 2; the second one reuses the base model of the first:
 
     python -m figures.toy_llada --seed SEED --out runs/learned-SEED
     python -m figures.toy_llada --seed SEED --c 1 --model runs/learned-SEED/base --out runs/one-SEED
 
-The same command goes on with a run that was stopped.
+The same command resumes a run that was stopped.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Threads that wait for each other spin only briefly, so that a busy core does not stop them all.
-# torch reads it when it is imported.
+# Threads that wait for each other spin only briefly, so that one busy core does not stop them all.
+# OpenMP reads this when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "300")
 
 import torch
@@ -35,16 +35,18 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
-import llada_finetune as llada
+import llada_finetune as finetune
 import maze_lab as lab
-from dtm import check, mask_random, row_mean
-from figures import files
-from figures.llada_shape import CONFIG_8B
-from figures.tasks import Sudoku
+from dtm import check, mask_random, mean_over_masked
+from llada.checkpoint import read_json, write_file
+from llada.decoding import model_inputs
+from llada.distributed import Ranks, run_as_script
+from llada.model import CONFIG_8B, LLaDA
+from llada.tasks import TASKS, Sudoku
 
 
 class Toy(Sudoku):
-    """Easier puzzles, no instructions; the answer is the 16 digits alone."""
+    """Sudoku with easier puzzles and no instructions; a completion is just the 16 digits."""
 
     fewest, most = 4, 10  # empty cells
     preset = {
@@ -64,7 +66,7 @@ class Toy(Sudoku):
         "block": 16,
         "steps": 16,
         "temperature": 1.0,
-        "order": "state",
+        "order": "top_prob",
         "prompt_length": 17,
         "batch": 256,
         "accum": 1,
@@ -74,7 +76,6 @@ class Toy(Sudoku):
         "rank": 16,
         "alpha": 16.0,
         "dropout": 0.0,
-        "checkpointing": "off",
         "save_every": 60,
         "eval_rows": 256,
     }
@@ -100,24 +101,27 @@ SIZE = CONFIG_8B | {
     "pad_token_id": 1,
 }
 STEPS, BATCH, RATE = 1600, 128, 4e-3  # of pretraining
-LAZY = 0.7  # chance that a row of a training answer is filled lazily
+LAZY = 0.7  # probability that a row of a training grid is filled in ascending order
 
 
 @torch.no_grad()
-def init_weights(model: llada.LLaDA, generator: Generator) -> llada.LLaDA:
-    """LLaDA's "mitchell": normal cut at 3 sd, sd fan_in^-1/2, over sqrt(2 (layer + 1)) for the maps
-    into the stream."""
+def init_weights(model: LLaDA, generator: Generator) -> LLaDA:
+    """Draw LLaDA's own initial weights ("mitchell") and return the model.
+
+    They are normal, cut at three standard deviations of fan_in^-1/2, which is divided by
+    sqrt(2 (layer + 1)) for the projections into the residual stream.
+    """
     for name, p in model.named_parameters():
         if p.dim() == 2:
-            into_stream = re.search(r"blocks\.(\d+)\.(attn_out|ff_out)", name)
-            scale = math.sqrt(2 * (int(into_stream[1]) + 1)) if into_stream else 1
+            residual = re.search(r"blocks\.(\d+)\.(attn_out|ff_out)", name)
+            scale = math.sqrt(2 * (int(residual[1]) + 1)) if residual else 1
             sd = p.shape[1] ** -0.5 / scale
             nn.init.trunc_normal_(p, 0, sd, -3 * sd, 3 * sd, generator=generator)
     return model
 
 
-def lazy_answer(row: dict) -> str:
-    """Every row of the grid gets its missing digits in ascending order."""
+def lazy_grid(row: dict) -> str:
+    """Return the grid with the missing digits of each row filled in in ascending order."""
     answer = ""
     for start in range(0, 16, 4):
         line = row["puzzle"][start : start + 4]
@@ -128,7 +132,7 @@ def lazy_answer(row: dict) -> str:
 
 
 def save_tokenizer(folder: Path, config: dict) -> None:
-    """A tokenizer.json of single characters, special tokens at the ids of the config."""
+    """Write a tokenizer.json of single characters, with the special tokens of the config."""
     special = {
         "<|startoftext|>": 0,
         "<|endoftext|>": config["eos_token_id"],
@@ -139,7 +143,7 @@ def save_tokenizer(folder: Path, config: dict) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(list(special))
-    files.write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
 
 
 def encode(texts: list[str], device: torch.device) -> Tensor:
@@ -147,13 +151,13 @@ def encode(texts: list[str], device: torch.device) -> Tensor:
     return torch.tensor(rows, device=device)
 
 
-def make_base(folder: Path, seed: int, ranks: llada.Ranks, steps: int = STEPS) -> None:
-    """Trains the small LLaDA from nothing and saves it in the checkpoint's format."""
-    rows = llada.TASKS["toy"].rows("train")
+def make_base(folder: Path, seed: int, ranks: Ranks, steps: int = STEPS) -> None:
+    """Train the small LLaDA from nothing and save it in the format of the public checkpoint."""
+    rows = TASKS["toy"].rows("train")
     prompts = F.pad(encode([row["puzzle"] for row in rows], ranks.device), (1, 0), value=0)
     right = encode([row["solution"] for row in rows], ranks.device)
-    lazy = encode([lazy_answer(row) for row in rows], ranks.device)
-    model = init_weights(llada.LLaDA(SIZE), Generator().manual_seed(seed)).to(ranks.device)
+    lazy = encode([lazy_grid(row) for row in rows], ranks.device)
+    model = init_weights(LLaDA(SIZE), Generator().manual_seed(seed)).to(ranks.device)
     trained = nn.parallel.DistributedDataParallel(model) if ranks.size > 1 else model
     adam = torch.optim.AdamW(model.parameters(), RATE, (0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, steps, pct_start=0.1)
@@ -165,8 +169,8 @@ def make_base(folder: Path, seed: int, ranks: llada.Ranks, steps: int = STEPS) -
         filled_lazily = (torch.rand(len(i), 4, **noise) < LAZY).repeat_interleave(4, 1)
         x1 = torch.where(filled_lazily, lazy[i], right[i])
         xt, mask = mask_random(x1, SIZE["mask_token_id"], noise["generator"])
-        logits = trained(*llada.canvas(prompts[i], None, xt, mask))
-        row_mean(F.cross_entropy(logits, x1[mask], reduction="none"), mask).backward()
+        logits = trained(*model_inputs((prompts[i], None), xt, mask))
+        mean_over_masked(F.cross_entropy(logits, x1[mask], reduction="none"), mask).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         schedule.step()
@@ -174,46 +178,49 @@ def make_base(folder: Path, seed: int, ranks: llada.Ranks, steps: int = STEPS) -
     if ranks.rank == 0:
         save_tokenizer(folder, SIZE)
         model.save_pretrained(folder)  # config.json comes last
-    ranks.wait()
+    ranks.barrier()
 
 
 # ---- 2. A run -----------------------------------------------------------------------------------
-def run_toy(given: dict, ranks: llada.Ranks) -> None:
-    """Makes the base model unless it is there, tunes it, writes RUN/result.json and RUN/toy.png."""
+def run_toy(given: dict, ranks: Ranks) -> None:
+    """Make the base model unless it is there, tune it, and write the result and its figure."""
     start = time.perf_counter()
-    share = {name: Toy.preset[name] // ranks.size for name in ("prompts", "batch")}
     given = {"task": "toy"} | given
-    cfg = llada.make_config(**given)
+    cfg = finetune.make_config(**given)
     if not Path(cfg.out, "config.json").exists():  # a new run
-        given = share | given  # as much in all, whatever the number of ranks
+        # The number of rollouts and completions per step is the same for any number of ranks.
+        per_rank = {name: Toy.preset[name] // ranks.size for name in ("prompts", "batch")}
+        given = per_rank | given
         given["model"] = cfg.model or f"{cfg.out}/base"
         if not (cfg.model or Path(given["model"], "config.json").exists()):
             make_base(Path(given["model"]), cfg.seed, ranks)
-    ranks.wait()  # all have looked
-    run = llada.open_run(given, ranks)
-    test = llada.task_rows(run.cfg, "test")
+    ranks.barrier()  # every rank has looked for the file
+    run = finetune.open_run(given, ranks)
+    test = finetune.task_rows(run.cfg, "test")
 
-    def score_test(run: llada.Run) -> None:
-        scores = llada.evaluate(run, test, run.cfg.gen_length)
+    def score_test(run: finetune.Run) -> None:
+        scores = finetune.evaluate_teacher(run, test)
         if scores:
-            run.log(kind="eval", split="test", phase=run.state.phase, a=run.state.a, **scores)
-            run.say(f"a = {run.state.a:6.2f}  test: {llada.show(scores)}")
+            record = {"phase": run.state.phase, "total": run.state.total, "a": run.state.a}
+            run.log.write(kind="eval", split="test", **record, **scores)
+            finetune.say(ranks, f"a = {run.state.a:6.2f}        test: {finetune.show(scores)}")
 
-    llada.train(run, watch=score_test)
+    finetune.train(run, watch=score_test)
     if ranks.rank == 0:
         record = {"minutes": (time.perf_counter() - start) / 60, "torch": torch.__version__}
         finish(run, record | {"threads": torch.get_num_threads(), "ranks": ranks.size})
 
 
-def finish(run: llada.Run, record: dict) -> None:
-    """The phase that the validation rows chose, on the test rows."""
-    log = [e for e in files.read_log(run.out) if e.get("split") == "test"]
+def finish(run: finetune.Run, record: dict) -> None:
+    """Write and print the test score of the phase that the validation rows chose."""
+    log = [e for e in read_log(run.out) if e.get("split") == "test"]
     best = log[run.state.best_phase]
-    files.write(run.out / "result.json", record | {"test": best})
+    write_file(run.out / "result.json", record | {"test": best})
     draw(collect([run.out]), run.out / "toy.png")
-    run.say(
-        f"solved, held-out solutions: {log[0]['solved']:.3f} -> {best['solved']:.3f} after phase "
-        f"{best['phase']}, which the validation rows chose; see {run.out / 'toy.png'}"
+    finetune.say(
+        run.ranks,
+        f"solved test puzzles: {log[0]['solved']:.3f} before and {best['solved']:.3f} after phase "
+        f"{best['phase']}, which the validation puzzles chose; see {run.out / 'toy.png'}",
     )
 
 
@@ -223,31 +230,32 @@ KEPT = ("kind", "split", "phase", "total", "n", "solved", "solved_se", "cells", 
 KEPT += ("reward", "a", "ess", "kl", "c", "grad_norm")
 
 
+def read_log(run: Path) -> list[dict]:
+    """Return the records of a run's metrics.jsonl."""
+    file = run / "metrics.jsonl"
+    check(file.is_file(), f"{file} is missing; name the folder of a run")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def collect(runs: list[Path]) -> dict:
-    """What the figure needs of the runs' folders."""
+    """Return what the figure needs of the runs' folders."""
     found = []
     for run in runs:
-        log = []
-        for record in files.read_log(run):
-            log.append({key: value for key, value in record.items() if key in KEPT})
-        check(bool(log), f"{run} holds no metrics.jsonl; expected the folder of a run")
-        settings = files.read_json(run / "config.json")
-        found.append({"run": run.name, "settings": settings, "log": log})
+        log = [{k: v for k, v in record.items() if k in KEPT} for record in read_log(run)]
+        found.append({"run": run.name, "settings": read_json(run / "config.json"), "log": log})
     command = " ".join(["python -m figures.toy_llada", *sys.argv[1:]])
     return {"command": command, "runs": found}
 
 
 def series(run: dict, key: str, kind: str, by: str) -> tuple[list[float], list[float]]:
-    """A metric of one run's log: its records of a kind, evaluations of a split or `step`."""
+    """Return a metric of one run's records of a kind: evaluations of a split, or "step"."""
     records = [e for e in run["log"] if key in e and e.get("split", e["kind"]) == kind]
     return [e[by] for e in records], [e[key] for e in records]
 
 
 def draw(result: dict, path: Path) -> Path:
-    """Left: rows solved, phase by phase. Right: the gradient's norm along the run."""
+    """Draw the puzzles solved by phase, and the gradient's norm along the run."""
     plt = lab.pyplot()
-    records = sum([run["log"] for run in result["runs"]], [])
-    split = "test" if any(record.get("split") == "test" for record in records) else "valid"
     figure, (solved, norm) = plt.subplots(1, 2, figsize=(8.8, 3.4), layout="constrained")
     arms = {}
     for run in result["runs"]:
@@ -256,15 +264,15 @@ def draw(result: dict, path: Path) -> Path:
         name = NAMES.get(kind, f"c = {kind}")
         colour = lab.COLOURS[4 - 3 * place % len(lab.COLOURS)]
         for run in runs:
-            phases, shares = series(run, "solved", split, by="phase")
+            phases, shares = series(run, "solved", "test", by="phase")
             solved.plot(phases, shares, "o-", ms=3, lw=1, color=colour)
             norm.plot(*series(run, "grad_norm", "step", by="total"), lw=0.6, color=colour)
-        phases, shares = series(runs[0], "solved", split, by="phase")
+        phases, shares = series(runs[0], "solved", "test", by="phase")
         drop = 12 if place == 0 else -22
         end = (phases[-1], shares[-1])
         solved.annotate(name, end, (-40, drop), textcoords="offset points", color=colour)
-    solved.set(xlabel="phase", ylabel=f"{split} rows solved", ylim=(0, 1.1))
-    norm.set(yscale="log", xlabel="optimiser step", ylabel="gradient norm before clipping")
+    solved.set(xlabel="phase", ylabel="test puzzles solved", ylim=(0, 1.1))
+    norm.set(yscale="log", xlabel="optimizer step", ylabel="gradient norm before clipping")
     if set(arms) == {"learned", "1"}:
         count = min(len(runs) for runs in arms.values())
         claim = "A learned c quiets the gradient and solves more puzzles"
@@ -277,25 +285,26 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="The whole loop on a small LLaDA, for a laptop.", allow_abbrev=False
     )
-    parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help="only draw these runs")
-    to = "figure of --draw, without suffix (default figures/toy)"
-    parser.add_argument("--to", type=Path, default=None, help=to)
+    text = "only draw the figure of these runs, DIR/toy.png, and write DIR/data/toy.json"
+    parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help=text)
+    text = "folder for --draw (default: figures)"
+    parser.add_argument("--to", type=Path, metavar="DIR", help=text)
     shared = {name: f"{Toy.preset[name]} over all ranks" for name in ("prompts", "batch")}
-    own = vars(llada.Config()) | Toy.preset | shared
+    own = vars(finetune.Config()) | Toy.preset | shared
     own |= {"model": "made in OUT/base", "out": "runs/toy-SEED"}
-    llada.add_settings(parser, without=("task",), own=own)
+    finetune.add_settings(parser, without=("task",), defaults=own)
     given = vars(parser.parse_args(argv))
-    runs, to = given.pop("draw"), given.pop("to")
+    runs, folder = given.pop("draw"), given.pop("to")
     if runs is None:
-        check(to is None, "--to goes with --draw")
-        run_toy(given, llada.Ranks())
+        check(folder is None, "--to goes with --draw")
+        run_toy(given, Ranks())
         return
     check(not given, "--draw trains nothing; leave out the settings")
-    to = to or Path("figures/toy")
+    folder = folder or Path("figures")
     result = collect(runs)
-    files.write(to.with_suffix(".json"), json.dumps(result) + "\n")
-    print("wrote", draw(result, to.with_suffix(".png")))
+    write_file(folder / "data" / "toy.json", json.dumps(result) + "\n")
+    print("wrote", draw(result, folder / "toy.png"))
 
 
 if __name__ == "__main__":
-    llada.run_as_script(main)
+    run_as_script(main)

@@ -1,0 +1,171 @@
+"""Files of a run, and its checkpoints.
+
+Every file is written under a temporary name and renamed when it is complete, so that a name always
+stands for a complete file. A checkpoint is a folder that is renamed in the same way:
+
+    RUN/step-0000123/state.json             where the run stands (`State`)
+                     shared.safetensors     what all ranks have in common: teacher, optimizer, ...
+                     rank0.safetensors ...  each rank's rollouts and random numbers
+                     adapter/               the student, as a PEFT folder
+
+The two newest checkpoints are kept. A run resumes from the newest one, on the same number of ranks.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dtm import check
+from llada.distributed import Ranks
+
+KEPT = 2  # checkpoints: if the newest one cannot be read, there is one more
+
+
+# ---- 1. Files -----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turn errors of these kinds (default: all) into a ValueError that begins with `message`."""
+    kinds = kinds or (Exception,)
+    try:
+        yield
+    except kinds as error:
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(f"{message} ({type(error).__name__}: {detail})") from None
+
+
+def write_file(path: Path, content: dict | str) -> None:
+    """Write tensors (to a name that ends in .safetensors), text, or anything else as JSON."""
+    temporary = path.with_name(f".half-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        tensors = {name: t.detach().contiguous().cpu() for name, t in content.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    else:
+        text = content if isinstance(content, str) else json.dumps(content, indent=1) + "\n"
+        temporary.write_text(text)
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict:
+    """Return the object in a JSON file; ValueError if it is missing or holds something else."""
+    check(path.is_file(), f"{path} is missing; check that the folder is the right one")
+    with explained(f"{path} does not hold a JSON object; restore it", ValueError, TypeError):
+        return dict(json.loads(path.read_text()))
+
+
+def read_tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Yield the name and the value of the given tensors (default: all) of a safetensors file."""
+    damaged = f"{path} is missing or damaged; copy or download it again"
+    with explained(damaged, SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        for name in names or file.keys():
+            yield name, file.get_tensor(name)
+
+
+def digest(content: object) -> str:
+    """Return the SHA-256 of a JSON value, by which a run recognises its rows."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# ---- 2. The state of a run ----------------------------------------------------------------------
+@dataclass
+class State:
+    """Where a run stands. Together with the tensors of a checkpoint it determines the rest."""
+
+    a: float = 0.0  # the teacher's tilt
+    h: float = 0.0  # the increment of the present phase
+    phase: int = 0  # the number of finished phases
+    step: int = 0  # optimizer steps in the present phase
+    total: int = 0  # optimizer steps in all phases
+    evaluated: bool = False  # whether the base model has been evaluated
+    best: float = -1.0  # the largest share of validation rows solved so far ...
+    best_phase: int = 0  # ... and the number of finished phases at that time
+    log_bytes: int = 0  # the length of metrics.jsonl
+    ranks: int = 1  # the number of processes
+
+
+# ---- 3. Checkpoints -----------------------------------------------------------------------------
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoint folders of a run, oldest first."""
+    return sorted(path for path in run.glob("step-*") if re.fullmatch(r"step-\d{7}", path.name))
+
+
+def save_checkpoint(
+    run: Path,
+    ranks: Ranks,
+    *,
+    state: State,
+    shared: dict[str, Tensor],
+    own: dict[str, Tensor],
+    save_adapter: Callable[[Path], None],
+) -> None:
+    """Write the checkpoint of step `state.total` and delete all but the newest two.
+
+    shared        tensors that are equal on all ranks; rank 0 writes them
+    own           tensors of this rank
+    save_adapter  writes the student's PEFT folder; rank 0 calls it
+    """
+    folder = run / f"step-{state.total:07}"
+    temporary = run / f".half-{folder.name}"
+    if ranks.rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)  # an earlier process may have died here
+    ranks.barrier()
+    write_file(temporary / f"rank{ranks.rank}.safetensors", own)
+    if ranks.rank == 0:
+        write_file(temporary / "shared.safetensors", shared)
+        write_file(temporary / "state.json", asdict(state))
+        save_adapter(temporary / "adapter")
+    ranks.barrier()  # every rank has written its part
+    if ranks.rank == 0:
+        found = len([*temporary.glob("rank*.safetensors")])
+        advice = "all nodes must see one shared --out folder"
+        check(found == ranks.size, f"{temporary} holds {found} of {ranks.size} ranks; {advice}")
+        if folder.exists():  # the run was stopped twice in the rollouts of one step
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+        for old in checkpoints(run)[:-KEPT]:
+            shutil.rmtree(old)
+    ranks.barrier()  # no rank leaves before the checkpoint is complete
+
+
+def load_checkpoint(run: Path, ranks: Ranks) -> tuple[State, dict, dict, dict] | None:
+    """Return state, shared tensors, own tensors and the student's tensors of the newest checkpoint.
+
+    None if there is no checkpoint yet. ValueError names a damaged file, and says that after its
+    folder is deleted the previous checkpoint is used.
+    """
+    if ranks.rank == 0:  # what a process left that was killed while it saved
+        for half in run.glob(".half-step-*"):
+            shutil.rmtree(half)
+    ranks.barrier()
+    found = checkpoints(run)
+    if not found:
+        return None
+    folder = found[-1]
+    with explained(f"delete {folder}, then the previous checkpoint is used", ValueError, TypeError):
+        state = State(**read_json(folder / "state.json"))
+        shared = dict(read_tensors(folder / "shared.safetensors"))
+        student = dict(read_tensors(folder / "adapter" / "adapter_model.safetensors"))
+    was = f"{run} ran on {state.ranks} ranks, but there are {ranks.size} now"
+    check(state.ranks == ranks.size, f"{was}; resume with {state.ranks} ranks")
+    with explained(f"delete {folder}, then the previous checkpoint is used", ValueError):
+        own = dict(read_tensors(folder / f"rank{ranks.rank}.safetensors"))
+    return state, shared, own, student
+
+
+def with_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under the names prefix + name."""
+    return {prefix + name: t for name, t in tensors.items()}
+
+
+def without_prefix(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with the prefix, under the rest of their names."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}

@@ -1,0 +1,192 @@
+"""Completions of prompts: tokenizer and chat template, padding, and LLaDA's sampler.
+
+LLaDA decodes semi-autoregressively: blocks from left to right, and within a block a fixed number of
+network evaluations, each of which commits a share of the masked positions. `dtm.sample` does that;
+this file puts a prompt before the completion and stops where a completion has ended.
+
+Reference: ML-GSAI/LLaDA generate.py (b7e6c35). Differences: probabilities and noise are float32,
+the head is computed at masked positions only, and a mask token inside a prompt stays.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+import dtm
+from dtm import check
+from llada.checkpoint import explained, read_json
+from llada.model import Device
+
+Padded = tuple[Tensor, Tensor | None]  # prompts (B, P), and their attention mask (B, P) or None
+
+
+# ---- 1. Text and tokens -------------------------------------------------------------------------
+class ChatTokenizer:
+    """The tokenizer of a checkpoint, with LLaDA's chat template.
+
+    ends  the tokens that end a completion: end of text, and end of turn where there is one
+    """
+
+    TURN = (
+        "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    )
+
+    def __init__(self, folder: Path):
+        from tokenizers import Tokenizer  # not needed to load a model
+
+        file = folder / "tokenizer.json"
+        with explained(f"{file} is missing or damaged; copy it from the original checkpoint"):
+            self.tokenizer = Tokenizer.from_file(str(file))
+        self.is_chat = self.tokenizer.token_to_id("<|start_header_id|>") is not None
+        end_of_text = read_json(folder / "config.json").get("eos_token_id")
+        ends = (end_of_text, self.tokenizer.token_to_id("<|eot_id|>"))
+        self.ends = [end for end in ends if end is not None]
+
+    def prompt(self, text: str) -> list[int]:
+        """Return the tokens of one user turn; of the bare text for LLaDA-8B-Base."""
+        turn = self.TURN if self.is_chat else "{}"
+        full = "<|startoftext|>" + turn.replace("{}", text.strip())
+        return self.tokenizer.encode(full, add_special_tokens=False).ids
+
+    def completion(self, ids: Iterable[int]) -> str:
+        """Return the text of a completion up to its first end token."""
+        before_end = itertools.takewhile(lambda token: token not in self.ends, ids)
+        return self.tokenizer.decode([*before_end], skip_special_tokens=True)
+
+
+def pad_left(prompts: list[list[int]], pad_id: int, device: Device = "cpu") -> Padded:
+    """Return prompts (B, P) with padding on the left, and the attention mask (B, P) bool.
+
+    The mask is None if nothing is padded. That is decided here, where no GPU has to be asked.
+    """
+    width = max(map(len, prompts))
+    pads = [width - len(prompt) for prompt in prompts]
+    ids = [[pad_id] * n + prompt for n, prompt in zip(pads, prompts, strict=True)]
+    mask = torch.arange(width) >= torch.tensor(pads)[:, None]
+    return torch.tensor(ids, device=device), (mask.to(device) if any(pads) else None)
+
+
+def model_inputs(
+    prompts: Padded, xt: Tensor, where: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return the arguments (ids, attention_mask, where) of `LLaDA.forward`.
+
+    prompts  from `pad_left`
+    xt       (B, L) completions, partly masked
+    where    (B, L) bool: the positions of the completions whose logits are wanted
+    """
+    ids, mask = prompts
+    visible = None if mask is None else F.pad(mask.bool(), (0, xt.shape[1]), value=True)
+    return torch.cat([ids, xt], 1), visible, F.pad(where, (ids.shape[1], 0))
+
+
+def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
+    """Return (B, L) bool: the positions in blocks that begin before a completion's first end token.
+
+    What follows that block earns no reward, and nothing before it attends to it while decoding,
+    because blocks are decoded from left to right. So it is neither decoded nor trained.
+    """
+    has_end = torch.isin(x1, ends).unflatten(1, (-1, block)).any(2).int()  # (B, blocks)
+    earlier = has_end.cumsum(1) - has_end  # blocks with an end token to the left of each
+    return (earlier == 0).repeat_interleave(block, 1)
+
+
+# ---- 2. The sampler -----------------------------------------------------------------------------
+class PromptedModel:
+    """A model behind fixed prompts, as `dtm.sample` calls it: completions in, logits out.
+
+    A completion with an end token in an earlier block is not computed any more: its later positions
+    get the first of `ends`.
+    """
+
+    def __init__(self, model: Callable, prompts: Padded, block: int, ends: Sequence[int]):
+        self.model, self.block = model, block
+        self.ids, self.mask = prompts
+        self.ends = torch.tensor(list(ends), dtype=torch.long, device=self.ids.device)
+
+    def __call__(self, yt: Tensor, where: Tensor) -> Tensor:
+        """Return logits (M, V) for completions yt (B, L) at `where` (B, L), all in one block."""
+        begin = int(where.any(0).int().argmax()) // self.block * self.block
+        running = before_the_end(yt, self.block, self.ends)[:, begin]  # (B,)
+        if running.all():
+            return self.compute(yt, where, running)
+        V = self.model.config["vocab_size"]
+        logits = torch.full((int(where.sum()), V), -math.inf, device=yt.device)
+        logits[:, self.ends[0]] = 0
+        if running.any():
+            found = self.compute(yt[running], where[running], running)
+            logits[running[:, None].expand_as(where)[where]] = found.float()
+        return logits
+
+    def compute(self, yt: Tensor, where: Tensor, running: Tensor) -> Tensor:
+        mask = None if self.mask is None else self.mask[running]
+        logits = self.model(*model_inputs((self.ids[running], mask), yt, where))
+        advice = "its weights may be damaged"
+        check(logits.isfinite().all(), f"the model's logits are not finite; {advice}")
+        return logits
+
+
+def check_lengths(gen_length: int, block: int, steps: int) -> None:
+    """Raise ValueError unless blocks fill the completion and steps spread evenly over blocks."""
+    fits = gen_length > 0 and block > 0 and gen_length % block == 0
+    check(fits, f"--gen_length {gen_length} must be a positive multiple of --block {block}")
+    blocks = gen_length // block
+    fits = steps >= blocks and steps % blocks == 0
+    check(fits, f"--steps {steps} must be a positive multiple of the {blocks} blocks")
+
+
+@torch.no_grad()
+def generate(
+    model: Callable,
+    prompt_ids: Tensor,
+    gen_length: int,
+    block: int,
+    steps: int,
+    temperature: float = 0.0,
+    attention_mask: Tensor | None = None,
+    generator: Generator | None = None,
+    order: str = "low_confidence",
+    ban_mask: bool = False,
+    ends: Sequence[int] = (),
+) -> Tensor:
+    """Return prompts and completions, (B, P + gen_length) int64.
+
+    model           a `LLaDA` in eval mode
+    prompt_ids      (B, P) int64, padded on the left
+    gen_length      tokens of a completion, in blocks of `block`
+    steps           network evaluations per completion, the same number in each block
+    temperature     0: the most probable token; 1: draws from the model
+    attention_mask  (B, P): False or 0 where prompts are padded
+    order           one of `dtm.ORDERS`
+    ban_mask        whether the mask token is never drawn; the reference allows it
+    ends            tokens after whose block a completion is not decoded further; the reference
+                    has none
+    """
+    check_lengths(gen_length, block, steps)
+    mask_id = model.config["mask_token_id"]
+    mask = None if attention_mask is None or attention_mask.all() else attention_mask
+    prompted = PromptedModel(model, (prompt_ids, mask), block, ends)
+    *_, completions = dtm.sample(
+        prompted,
+        prompt_ids.new_full((len(prompt_ids), gen_length), mask_id),
+        mask_id,
+        order=order,
+        block=block,
+        temperature=temperature,
+        generator=generator,
+        steps=steps * block // gen_length,
+        ban_mask=ban_mask,
+    )
+    return torch.cat([prompt_ids, completions], 1)
+
+
+def by_length(prompts: Sequence[list[int]], size: int) -> list[list[int]]:
+    """Return batches of indices, sorted by prompt length, so that they need little padding."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[i : i + size] for i in range(0, len(order), size)]

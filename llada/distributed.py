@@ -1,0 +1,134 @@
+"""The processes of a run: rank, device and dtype, exchange of numbers, and a clean stop.
+
+torchrun starts one process per GPU and sets RANK, LOCAL_RANK and WORLD_SIZE. Without torchrun there
+is one process. On GPUs the processes talk over NCCL and the base model is in bfloat16; on CPUs they
+talk over gloo and everything is in float32.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dtm import check
+
+# The ranks meet after every optimizer step and every rollout batch. The longest wait is that of an
+# evaluation, where ranks decode different prompts and rank 0 compares the answers of all.
+TIMEOUT = timedelta(minutes=30)
+STREAMS = 1_000_000  # a rank's seeds are this far from the next rank's
+
+
+class Ranks:
+    """This process among all processes of a run.
+
+    rank, size   its number, and the number of processes
+    device       the CPU, or the GPU that belongs to its local rank
+    dtype        of the base model and the teacher: bfloat16 on a GPU, float32 on a CPU
+    """
+
+    def __init__(self):
+        for name in ("RANK", "WORLD_SIZE"):
+            other = "WORLD_SIZE" if name == "RANK" else "RANK"
+            alone = name in os.environ and other not in os.environ
+            check(not alone, f"{name} is set but {other} is not; start several ranks with torchrun")
+        self.rank = int(os.environ.get("RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+        self.signal = 0  # the number of the signal that asked this process to stop
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self.cuda = torch.cuda.is_available()
+        if self.cuda:
+            self.use_gpu()
+        if self.size > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=TIMEOUT)
+
+    def use_gpu(self) -> None:
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        check(local < count, f"local rank {local} has no GPU; start at most {count} ranks per node")
+        # Without this, the many shapes of prompts and micro-batches fragment the memory.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        self.device, self.dtype = torch.device("cuda", local), torch.bfloat16
+        torch.cuda.set_device(self.device)
+        name, major = torch.cuda.get_device_name(), torch.cuda.get_device_capability()[0]
+        advice = "use an Ampere GPU or newer, or set CUDA_VISIBLE_DEVICES to nothing for the CPU"
+        check(major >= 8, f"{name} does not compute in bfloat16; {advice}")
+        # cuDNN would build a plan for every new shape, and a phase has thousands of shapes.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+    def seed(self, seed: int, stream: int = 0) -> int:
+        """Return the seed of one of this rank's two streams of random numbers, 0 or 1.
+
+        Runs whose seeds are below 500,000 share no stream, on any rank.
+        """
+        return seed + STREAMS * self.rank + STREAMS // 2 * stream
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Return the tensors of all ranks, all of one shape, concatenated along the first axis."""
+        if self.size == 1:
+            return t
+        parts = [torch.empty_like(t) for _ in range(self.size)]
+        dist.all_gather(parts, t.contiguous())
+        return torch.cat(parts)
+
+    # SIGTERM and SIGINT set a flag, which all ranks look at together at points where a run is
+    # consistent. Whoever looks decides what to save before the processes leave.
+    @contextlib.contextmanager
+    def signals_caught(self) -> Iterator[None]:
+        """Within this context SIGTERM and SIGINT are remembered instead of ending the process.
+
+        Python allows signal handlers in the main thread only; in another thread nothing changes.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            for number in before:
+                signal.signal(number, self.remember)
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.signal = 0
+
+    def remember(self, number: int, frame: object) -> None:
+        self.signal = number
+        if self.rank == 0:  # os.write, unlike print, is safe in a signal handler
+            os.write(2, b"\nstopping after the present step or rollout batch; please wait\n")
+
+    def agreed_signal(self) -> int:
+        """Return the number of a signal that any rank has received, the same on all; 0 for none."""
+        return int(self.gather(torch.tensor([self.signal], device=self.device)).max())
+
+
+def run_as_script(main: Callable[[], None]) -> None:
+    """Call main(); bad input and faults of the machine end in one line and a non-zero exit code."""
+    name = Path(sys.argv[0]).stem
+    for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
+        with contextlib.suppress(AttributeError):  # a test's or a notebook's stream
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+        if dist.is_initialized():  # after an error this would wait for ranks that still compute
+            dist.destroy_process_group()
+    except torch.OutOfMemoryError as error:
+        advice = "add --recompute, or take a smaller --batch with a larger --accum; in rollouts"
+        advice += " and evaluations, take a smaller --chunk"
+        sys.exit(f"{name}: the GPU's memory does not suffice: {advice} ({str(error)[:90]})")
+    except (ValueError, OSError) as error:
+        sys.exit(f"{name}: {error}")
+    except KeyboardInterrupt:
+        print(f"{name}: stopped before anything had to be saved", file=sys.stderr)
+        sys.exit(130)
