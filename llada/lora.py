@@ -110,7 +110,7 @@ class LoRA(nn.Module):
         """
         file = Path(folder) / "adapter_config.json"
         saved = read_json(file)
-        for key in ("use_dora", "use_rslora", "modules_to_save"):
+        for key in ("use_dora", "use_rslora", "alpha_pattern", "modules_to_save"):
             advice = "only plain LoRA is supported; save the adapter as one"
             check(not saved.get(key), f"{file}: {key} is {saved.get(key)!r}, but {advice}")
         tensors = dict(read_tensors(Path(folder) / "adapter_model.safetensors"))
