@@ -1,19 +1,27 @@
-"""The tasks of `llada_finetune.py`: rows, prompts, rewards, data files. A task is one class."""
+"""The tasks of `llada_finetune.py`: their rows, prompts and rewards, and the files of rows.
 
+A task is one subclass of `Task`. In what follows a row is one question with what its reward needs
+to know, and a text is a completion of the model, as a string.
+"""
+
+import ast
 import csv
 import functools
 import itertools
 import json
 import random
 import re
+from fractions import Fraction
+from operator import add, mul, sub, truediv
 from pathlib import Path
 
 import torch
 
 from dtm import check
-from figures.answers import arithmetic, extract, final_answer, last_box, same
+from llada.answers import answers_match, extract, final_answer, last_box
 
-# The release's for Countdown; for mathematics ours, with room for longer prompts, larger rewards.
+# The Countdown settings are those of the authors' code. The settings for mathematics are ours: they
+# leave room for longer prompts, and take smaller steps h because the rewards are larger.
 COUNTDOWN = dict(h=6.0, steps_per_h=1200, prompts=40, completions=6, refresh=10, refresh_steps=25)
 COUNTDOWN |= dict(chunk=30, temperature=1.0, prompt_length=172, batch=12, accum=8)
 COUNTDOWN |= dict(lr=4e-6, lr_min=2e-6, clip=2.0, ema=0.95)
@@ -30,61 +38,105 @@ TASKS: dict[str, "Task"] = {}
 
 
 class Task:
-    """A kind of question and its reward. To add one, write a subclass: its name is the task's."""
+    """A kind of question and its reward.
 
-    top = 1.0  # the largest reward
-    # A row's keys, each with the names that files have for it.
+    To add a task, write a subclass. Its name in lower case becomes the value of --task.
+
+    top         the largest reward
+    columns     the keys of a row, each with the names that files use for it
+    preset      changes to the default settings of a run
+    generated   True if this file makes the rows; then scores compare with no published table
+    cells       a method (text, row) -> (right, all) if an answer has parts, else None
+    """
+
+    top = 1.0
     columns: dict[str, tuple[str, ...]] = {}
-    preset: dict = {}  # changes to the defaults of Config
-    generated = False  # its rows are made here, so that scores compare with no published table
-    cells = None  # or a method (text, row) -> (right, all), if an answer has parts
+    preset: dict = {}
+    generated = False
+    cells = None
 
     def __init_subclass__(cls):
         TASKS[cls.__name__.lower()] = cls()
 
     def rows(self, split: str) -> list[dict]:
-        """The rows of "train", "valid" or "test"."""
-        raise ValueError(f"{type(self).__name__} has no rows of its own: {ROWS_FLAGS}")
+        """Return the rows of the split "train", "valid" or "test"."""
+        raise ValueError(f"The task {type(self).__name__} has no rows of its own: {ROWS_FLAGS}.")
 
     def clean(self, record: dict) -> dict:
-        """A file's record as a row; a ValueError says in a sentence what is wrong with it."""
+        """Return a record of a file as a row, or raise ValueError with what is wrong with it."""
         return record
 
     def prompt(self, row: dict) -> str:
+        """Return the question that the model is asked."""
         raise NotImplementedError
 
     def reward(self, text: str, row: dict) -> float:
-        """What training maximises, between 0 and `top`."""
+        """Return what training maximises, a number between 0 and `top`."""
         raise NotImplementedError
 
     def correct(self, text: str, row: dict) -> bool:
-        """What is reported: whether the text answers the question."""
+        """Return whether the text answers the question. This is the metric of an evaluation."""
         return self.reward(text, row) == self.top
 
     def grade(self, text: str, row: dict) -> tuple[float, float]:
-        """Reward, and 1 if correct else 0. A fault of a task's code is shown with its place."""
+        """Return the reward, and 1 if the text is correct, else 0.
+
+        Raise RuntimeError with the text if the code of the task fails, or returns a reward that is
+        larger than `top` or is not a number.
+        """
         try:
             reward, solved = float(self.reward(text, row)), float(self.correct(text, row))
-            check(reward <= self.top, f"the reward {reward} is not a number up to {self.top}")
+            check(reward <= self.top, f"The reward {reward} is not a number up to {self.top}.")
         except Exception as error:
-            raise RuntimeError(f"{type(self).__name__} cannot grade {text!r:.99}") from error
+            name = type(self).__name__
+            raise RuntimeError(f"{name} cannot grade {text!r:.99}: {error}") from error
         return reward, solved
 
 
 def cut(rows: list, split: str) -> list:
-    """Training rows without a fixed tenth of them (at most 256), which is the validation split."""
+    """Return the split "valid", a fixed tenth of the rows (at most 256), or "train", the others."""
     shuffled = random.Random(0).sample(rows, len(rows))
     size = min(256, len(rows) // 10)
     return shuffled[:size] if split == "valid" else shuffled[size:]
 
 
-# Countdown.
-LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", r"\div": "/", "÷": "/", "−": "-"}
+# ---- Countdown -----------------------------------------------------------------------------------
+LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", "·": "*", "x": "*"}
+LATEX_SIGNS |= {r"\div": "/", "÷": "/", "−": "-"}
+OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
+
+
+def arithmetic(text: str) -> tuple[Fraction, list[int]] | None:
+    """Return the value and the numbers of an expression, or None if it is not one.
+
+    An expression has integers, + - * / and parentheses, and at most 100 characters. The text is
+    parsed and never run; without powers nothing in it can grow large.
+    """
+    numbers = []
+
+    def value(node):
+        if isinstance(node, ast.Constant):
+            numbers.append(node.value)
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            return -value(node.operand)
+        return OPERATIONS[type(node.op)](value(node.left), value(node.right))
+
+    if len(text) > 100 or not re.fullmatch(r"[0-9+\-*/()\s]+", text):
+        return None
+    not_arithmetic = (SyntaxError, ValueError, KeyError, AttributeError, ZeroDivisionError)
+    try:
+        return value(ast.parse(" ".join(text.split()), mode="eval").body), numbers
+    except (*not_arithmetic, MemoryError, RecursionError):
+        return None
 
 
 @functools.cache
 def countdown_problems() -> list[dict]:
-    """20,512 different solvable problems, 3 numbers and a target in 1..100."""
+    """Return 20,512 different problems, each with three numbers and a target from 1 to 100.
+
+    The target is the value of a random expression in the numbers, so every problem has a solution.
+    """
     draw = random.Random(0)
     rows = {}
     while len(rows) < 20512:
@@ -97,15 +149,18 @@ def countdown_problems() -> list[dict]:
     return [*rows.values()]
 
 
-def whole(value) -> int:
-    """A file's 4, 4.0 or "4" as an integer."""
+def integer(value) -> int:
+    """Return the integer that a file writes as 4, 4.0 or "4"."""
     good = re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A)
-    check(good is not None, f"{value!r:.60} is not a whole number")
+    check(good is not None, f"{value!r:.60} is not a whole number of at most nine digits.")
     return int(float(value))
 
 
 class Countdown(Task):
-    """Reach the target with every number once. 1 if right, 0.1 for another answer, 0 for none."""
+    """Reach the target by an expression that has every number once.
+
+    The reward is 1 for a solution, 0.1 for another answer between tags, and 0 for none.
+    """
 
     preset = COUNTDOWN
     generated = True
@@ -120,9 +175,9 @@ class Countdown(Task):
         if isinstance(numbers, str):
             numbers = re.findall(r"[^\s,\[\]]+", numbers)
         good = isinstance(numbers, list) and 1 <= len(numbers) <= 6
-        check(good, f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers")
-        row = {"numbers": [*map(whole, numbers)], "target": whole(record["target"])}
-        check(min(row["numbers"]) >= 0, f"numbers is {numbers}, but none may be negative")
+        check(good, f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers.")
+        row = {"numbers": [*map(integer, numbers)], "target": integer(record["target"])}
+        check(min(row["numbers"]) >= 0, f"numbers is {numbers}, but none may be negative.")
         return row
 
     def prompt(self, row):
@@ -134,12 +189,18 @@ class Countdown(Task):
         )
 
     def reaches(self, answer, row):
-        """Whether an expression, in LaTeX perhaps and followed by its value, is a solution."""
-        answer = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
+        """Return whether an expression is a solution.
+
+        It may be written in LaTeX, and the target may stand before or after it: 5 = 2 * 4 - 3.
+        """
+        answer = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
         answer = re.sub(r"\\left|\\right|\\[()\[\]]|\$", "", answer)
         for sign, plain in LATEX_SIGNS.items():
             answer = answer.replace(sign, plain)
-        got = arithmetic(answer.split("=")[0].strip(" \n.>"))
+        sides = [side.strip(" \n.>*") for side in answer.split("=")]
+        if sides[0] == str(row["target"]) and len(sides) > 1:
+            del sides[0]
+        got = arithmetic(sides[0])
         return bool(got) and got[0] == row["target"] and sorted(got[1]) == sorted(row["numbers"])
 
     def reward(self, text, row):
@@ -152,14 +213,15 @@ class Countdown(Task):
         return self.reaches(final_answer(text) or "", row)
 
 
-# Sudoku.
-GROUPS = [[*range(i, i + 4)] for i in (0, 4, 8, 12)]  # rows, columns, boxes of the 16 cells
+# ---- Sudoku --------------------------------------------------------------------------------------
+# The rows, columns and boxes of the 16 cells.
+GROUPS = [[*range(i, i + 4)] for i in (0, 4, 8, 12)]
 GROUPS += [[*range(i, 16, 4)] for i in range(4)]
 GROUPS += [[i, i + 1, i + 4, i + 5] for i in (0, 2, 8, 10)]
 
 
 def is_grid(digits: str) -> bool:
-    """Whether no group among the first cells holds a digit twice."""
+    """Return whether no row, column or box holds a digit twice; `digits` may be the first cells."""
     for group in GROUPS:
         filled = [digits[i] for i in group if i < len(digits)]
         if len({*filled}) < len(filled):
@@ -169,7 +231,10 @@ def is_grid(digits: str) -> bool:
 
 @functools.cache
 def sudoku_grids() -> list[str]:
-    """All 288 grids, in a fixed random order: 176 for training, 24 to validate, 88 to test."""
+    """Return all 288 grids in a fixed random order.
+
+    The first 176 are for training, the next 24 for validation, and the last 88 for the test.
+    """
     rows = ["".join(row) for row in itertools.permutations("1234")]
     grids = [""]
     for _ in range(4):
@@ -180,7 +245,11 @@ def sudoku_grids() -> list[str]:
 
 @functools.cache
 def sudoku_rows(split: str, fewest: int, most: int) -> list[dict]:
-    """20,000 or 256 different puzzles, each with one solution, in one split only."""
+    """Return 20,000 puzzles for training, 256 for another split, all different.
+
+    Each has from `fewest` to `most` empty cells and exactly one solution. No solution is in two
+    splits.
+    """
     grids = sudoku_grids()
     pool = {"train": grids[:176], "valid": grids[176:200], "test": grids[200:]}[split]
     table = torch.tensor([[*map(int, grid)] for grid in grids], dtype=torch.int8)
@@ -198,7 +267,10 @@ def sudoku_rows(split: str, fewest: int, most: int) -> list[dict]:
 
 
 def sudoku_worked(row: dict) -> str:
-    """A worked example: the rows, one cell after another (fewest candidates first), the grid."""
+    """Return a worked example: the rows, then one cell after another, then the grid.
+
+    The next cell is the one with the fewest digits left.
+    """
     grid = [*row["puzzle"]]
     lines = ["Rows: " + " | ".join(row["puzzle"][i : i + 4] for i in range(0, 16, 4))]
     while "0" in grid:
@@ -216,8 +288,11 @@ def sudoku_worked(row: dict) -> str:
 
 
 class Sudoku(Task):
-    """Fill a 4x4 grid. The reward is 2 x the share of the empty cells that are as in the solution;
-    right is every valid grid that keeps the clues."""
+    """Fill a 4 x 4 grid.
+
+    The reward is twice the share of the empty cells that hold the digit of the stored solution. The
+    metric accepts every valid grid that keeps the clues.
+    """
 
     top = 2.0
     generated = True
@@ -232,9 +307,9 @@ class Sudoku(Task):
         row = {key: str(record[key]) for key in self.columns}
         for key, kinds in (("puzzle", "0-4"), ("solution", "1-4")):
             good = re.fullmatch(f"[{kinds}]{{16}}", row[key]) is not None
-            check(good, f"{key} is {record[key]!r:.60}, not 16 digits {kinds}")
+            check(good, f"{key} is {record[key]!r:.60}, not 16 digits {kinds}.")
         solved = self.solves(row["solution"], row["puzzle"])
-        check(solved, f"solution {row['solution']} does not solve {row['puzzle']}")
+        check(solved, f"solution {row['solution']} does not solve {row['puzzle']}.")
         return row
 
     def prompt(self, row):
@@ -249,19 +324,21 @@ class Sudoku(Task):
         )
 
     def digits(self, text, find=extract):
-        """The first 16 digits of the answer that `find` finds, filled up with 0."""
+        """Return the first 16 digits of the answer that `find` finds, filled up with 0."""
         return re.sub("[^0-9]", "", find(text) or "")[:16].ljust(16, "0")
 
     def solves(self, grid, puzzle):
+        """Return whether a grid is valid and keeps the clues of the puzzle."""
         keeps = all(clue in ("0", digit) for clue, digit in zip(puzzle, grid, strict=True))
         return keeps and {*grid} == {*"1234"} and is_grid(grid)
 
     def count(self, grid, row):
-        """(right, all) of the cells that were empty, against the stored solution."""
+        """Return how many empty cells hold the solution's digit, and how many are empty."""
         empty = [i for i in range(16) if row["puzzle"][i] == "0"]
         return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
 
     def cells(self, text, row):
+        """Return what `count` returns for the answer that the metric sees."""
         return self.count(self.digits(text, final_answer), row)
 
     def reward(self, text, row):
@@ -275,24 +352,34 @@ class Sudoku(Task):
         return self.solves(self.digits(text, final_answer), row["puzzle"])
 
 
-# GSM8K and MATH.
+# ---- GSM8K and MATH ------------------------------------------------------------------------------
 NUMBER = r"-?\s*(\\?\$)?\s*-?(\d[\d,]*)?\.?\d+(\s*/\s*\d+)?\.?\s*(\\?%)?"
 
 
 def hub_rows(name: str, part: str | None, split: str, question: str, answer: str) -> list[dict]:
-    """A data set of the hub, with its columns of questions and answers."""
+    """Return the rows of a data set of the Hugging Face hub.
+
+    name, part         the name and the configuration of the data set
+    question, answer   its names for these columns
+    """
     advice = f"check the network, pip install datasets, or {ROWS_FLAGS}"
     try:
         from datasets import load_dataset
 
         records = load_dataset(name, part, split=split)
     except Exception as error:
-        raise ValueError(f"cannot get {name} from the hub ({error!r:.80}): {advice}") from error
+        raise ValueError(
+            f"{name} cannot be loaded from the hub ({error!r:.80}): {advice}."
+        ) from error
     return [{"question": record[question], "answer": record[answer]} for record in records]
 
 
 class Math(Task):
-    """Competition mathematics. A right answer earns 2, tags 0.5 and a box 0.25 beside 0.25."""
+    """Competition mathematics.
+
+    The reward is 0.25, with 2 more for a right answer, 0.5 for a closed <answer>, and 0.25 for a
+    box. A row's answer may be a whole solution that ends in a box or in "#### 18".
+    """
 
     top = 3.0
     preset = MATHS
@@ -309,17 +396,15 @@ class Math(Task):
     def clean(self, record):
         for key, value in record.items():
             kinds = (str, int, float) if key == "answer" else (str,)
-            check(type(value) in kinds, f"{key} is {value!r:.60}, not text")
+            check(type(value) in kinds, f"{key} is {value!r:.60}, not text.")
         return {"question": record["question"], "answer": str(record["answer"]).strip()}
 
     def prompt(self, row):
         return self.ask + row["question"]
 
     def right(self, answer, row):
-        """Whether an answer is the row's, which may be a whole solution with its box."""
-        gold = last_box(str(row["answer"])) or str(row["answer"])
-        question = row.get("question", "")
-        return same(gold, answer or "", percent="percent" in question or "%" in question)
+        """Return whether an answer is the row's."""
+        return answers_match(str(row["answer"]), answer)
 
     def reward(self, text, row):
         form = 0.25 + 0.5 * (extract(text) is not None) + 0.25 * (last_box(text) is not None)
@@ -330,7 +415,10 @@ class Math(Task):
 
 
 class GSM8K(Math):
-    """School mathematics. A right number earns 2, a number 0.5, the form 1.5."""
+    """School mathematics.
+
+    The reward is 2 for a right answer, 0.5 for an answer that is a number, and up to 1.5 for tags.
+    """
 
     top = 4.0
     ask = FORMAT
@@ -345,15 +433,16 @@ class GSM8K(Math):
         row = super().clean(record)
         gold = row["answer"].rpartition("####")[2].strip()
         number = re.fullmatch(NUMBER, gold, re.A) is not None
-        check(number, f"answer ends in {gold!r:.60}, not in a number")
+        check(number, f"answer ends in {gold!r:.60}, not in a number.")
         return row
 
-    def right(self, answer, row):
-        gold = str(row["answer"]).rpartition("####")[2]
-        return same(gold, answer or "", percent=True)
-
     def form(self, text):
-        """The reward of the form: every tag 0.125, their order 0.5, exactly the asked one 0.5."""
+        """Return the reward of the tags.
+
+        Each of the four earns 0.125 if it stands once, on a line of its own. Their order earns 0.5,
+        and exactly the form that the prompt asks for 0.5 more. Every character after the last tag
+        costs 0.001.
+        """
         score = 0.0
         for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
             alone = re.search(rf"^[ \t]*{tag}[ \t]*$", text, re.M)
@@ -375,50 +464,56 @@ class GSM8K(Math):
         return max(0.0, self.form(text) + 0.5 * bool(number) + 2.0 * right)
 
 
-# Data files.
+# ---- Files of rows -------------------------------------------------------------------------------
 def json_record(line: str) -> dict:
-    """The record of a line of a .jsonl file."""
+    """Return the record on a line of a .jsonl file."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error})") from None
-    check(isinstance(record, dict), "JSON, but not an object with named values")
+        raise ValueError(f"This is not JSON ({error}).") from None
+    check(isinstance(record, dict), "This is JSON, but not an object with named values.")
     return record
 
 
 def csv_record(header: list[str], cells: list[str]) -> dict:
-    """The record of a line of a .csv file."""
-    counts = f"{len(cells)} fields under a header of {len(header)}"
-    check(len(cells) == len(header), f"{counts}; a field with a comma in it needs quotes")
+    """Return the record on a line of a .csv file."""
+    counts = f"There are {len(cells)} fields under a header of {len(header)}."
+    check(len(cells) == len(header), f"{counts} Put a field that has a comma in quotes.")
     return dict(zip(header, cells, strict=True))
 
 
 def task_row(task: Task, record: dict) -> dict:
-    """A record as a row of the task: its values under the task's names, checked."""
+    """Return a record as a row of the task, with its values under the task's names and checked."""
     row = {}
     for key, names in task.columns.items():
         found = [record[name] for name in names if record.get(name) not in (None, "")]
-        check(bool(found), f"no {' or '.join(names)} among {', '.join(map(str, record))}")
+        has = ", ".join(map(str, record))
+        check(bool(found), f"There is no value for {' or '.join(names)} in the columns {has}.")
         row[key] = found[0]
     return task.clean(row or record)
 
 
 def read_text(path: str) -> str:
-    """A file in UTF-8, with or without the mark that some editors put first."""
+    """Return the text of a file in UTF-8, with or without a byte order mark."""
     content = Path(path).read_bytes()
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").rstrip(" \t\n")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: not in the encoding UTF-8") from None
+        raise ValueError(
+            f"{path}, line {line}: This is not UTF-8; save the file in that encoding."
+        ) from None
 
 
 def read_rows(path: str, task: str) -> list[dict]:
-    """The checked rows of a .jsonl or .csv file, for one of TASKS."""
-    check(task in TASKS, f"no task {task!r}; expected one of {', '.join(TASKS)}")
+    """Return the rows of a .jsonl or .csv file for one of TASKS, in the order of the file.
+
+    Raise ValueError with the file, the line and the fault if a row is not one of the task.
+    """
+    check(task in TASKS, f"The task {task!r} is not one of {', '.join(TASKS)}.")
     is_csv = path.endswith(".csv")
-    check(is_csv or path.endswith(".jsonl"), f"{path}: expected a name in .jsonl or .csv")
-    check(Path(path).is_file(), f"{path}: no such file")
+    check(is_csv or path.endswith(".jsonl"), f"The name {path} does not end in .jsonl or .csv.")
+    check(Path(path).is_file(), f"There is no file {path}.")
     text = read_text(path)
     lines = text.split("\n") if text else []
     table = csv.reader([f"{line}\n" for line in lines], strict=True)
@@ -426,7 +521,7 @@ def read_rows(path: str, task: str) -> list[dict]:
     line = 1
     try:
         header = [name.strip() for name in next(table, [])] if is_csv else []
-        check(len({*header}) == len(header), "two columns of the header have the same name")
+        check(len({*header}) == len(header), "Two columns of the header have the same name.")
         line += table.line_num
         for cells in table if is_csv else lines:
             record = csv_record(header, cells) if is_csv else json_record(cells)
@@ -434,5 +529,5 @@ def read_rows(path: str, task: str) -> list[dict]:
             line = 1 + (table.line_num if is_csv else len(rows))
     except (ValueError, csv.Error) as error:
         raise ValueError(f"{path}, line {line}: {error}") from None
-    check(bool(rows), f"{path} holds no rows")
+    check(bool(rows), f"{path} holds no rows.")
     return rows
