@@ -172,7 +172,7 @@ def test_when_all_completions_have_ended_the_model_is_not_called_again(model):
 def test_rollouts_of_padded_prompts_are_those_of_each_prompt_alone(model, past_end):
     """They are decoded in eval mode, with the tokenizer's ends unless the run goes past them."""
     model.adapters["own"] = tiny.make_lora(dropout=0.5)
-    model.use("own")
+    model.use("own").eval()
     prompts = [PROMPT[0, :n].tolist() for n in (9, 16, 3, 16, 4)]
     alone = [generate(model, torch.tensor([p]), 16, 8, 8)[0, len(p) :].tolist() for p in prompts]
     ends = [EOS, alone[0][0]]
