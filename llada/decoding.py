@@ -1,11 +1,13 @@
 """Completions of prompts: tokenizer and chat template, padding, and LLaDA's sampler.
 
-LLaDA decodes semi-autoregressively: blocks from left to right, and within a block a fixed number of
-network evaluations, each of which commits a share of the masked positions. `dtm.sample` does that;
-this file puts a prompt before the completion and stops where a completion has ended.
+LLaDA decodes semi-autoregressively. It fills one block of the completion after the other, from left
+to right, with a fixed number of network evaluations per block. Each of these fills a share of the
+block's masked positions. `dtm.sample` does that; this file puts a prompt before the completion, and
+stops where a completion has ended.
 
-Reference: ML-GSAI/LLaDA generate.py (b7e6c35). Differences: probabilities and noise are float32,
-the head is computed at masked positions only, and a mask token inside a prompt stays.
+Source: ML-GSAI/LLaDA generate.py (b7e6c35). It differs in three points: here probabilities and
+noise are float32, the head is computed at masked positions only, and a mask token inside a prompt
+stays as it is.
 """
 
 import itertools
@@ -49,7 +51,10 @@ class ChatTokenizer:
         self.ends = [end for end in ends if end is not None]
 
     def prompt(self, text: str) -> list[int]:
-        """Return the tokens of one user turn; of the bare text for LLaDA-8B-Base."""
+        """Return the tokens of one user turn, or of the bare text if there is no chat template.
+
+        LLaDA-8B-Base has none, because its tokenizer lacks the tokens of the template.
+        """
         turn = self.TURN if self.is_chat else "{}"
         full = "<|startoftext|>" + turn.replace("{}", text.strip())
         return self.tokenizer.encode(full, add_special_tokens=False).ids
@@ -63,7 +68,8 @@ class ChatTokenizer:
 def pad_left(prompts: list[list[int]], pad_id: int, device: Device = "cpu") -> Padded:
     """Return prompts (B, P) with padding on the left, and the attention mask (B, P) bool.
 
-    The mask is None if nothing is padded. That is decided here, where no GPU has to be asked.
+    The mask is None if nothing is padded. That is decided on the CPU, which saves a wait for the
+    GPU.
     """
     width = max(map(len, prompts))
     pads = [width - len(prompt) for prompt in prompts]
@@ -89,8 +95,8 @@ def model_inputs(
 def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
     """Return (B, L) bool: the positions in blocks that begin before a completion's first end token.
 
-    What follows that block earns no reward, and nothing before it attends to it while decoding,
-    because blocks are decoded from left to right. So it is neither decoded nor trained.
+    Tokens after the block of the first end token earn no reward, and no earlier token depends on
+    them, because blocks are decoded from left to right. So they are neither decoded nor trained.
     """
     has_end = torch.isin(x1, ends).unflatten(1, (-1, block)).any(2).int()  # (B, blocks)
     earlier = has_end.cumsum(1) - has_end  # blocks with an end token to the left of each
@@ -101,8 +107,8 @@ def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
 class PromptedModel:
     """A model behind fixed prompts, as `dtm.sample` calls it: completions in, logits out.
 
-    A completion with an end token in an earlier block is not computed any more: its later positions
-    get the first of `ends`.
+    A completion with an end token in an earlier block is not computed any more. Its masked
+    positions receive the first of `ends`.
     """
 
     def __init__(self, model: Callable, prompts: Padded, block: int, ends: Sequence[int]):
@@ -113,21 +119,22 @@ class PromptedModel:
     def __call__(self, yt: Tensor, where: Tensor) -> Tensor:
         """Return logits (M, V) for completions yt (B, L) at `where` (B, L), all in one block."""
         begin = int(where.any(0).int().argmax()) // self.block * self.block
-        running = before_the_end(yt, self.block, self.ends)[:, begin]  # (B,)
+        running = before_the_end(yt, self.block, self.ends)[:, begin]  # (B,) not ended yet
         if running.all():
             return self.compute(yt, where, running)
         V = self.model.config["vocab_size"]
         logits = torch.full((int(where.sum()), V), -math.inf, device=yt.device)
         logits[:, self.ends[0]] = 0
         if running.any():
-            found = self.compute(yt[running], where[running], running)
-            logits[running[:, None].expand_as(where)[where]] = found.float()
+            computed = self.compute(yt[running], where[running], running)
+            logits[running[:, None].expand_as(where)[where]] = computed.float()
         return logits
 
     def compute(self, yt: Tensor, where: Tensor, running: Tensor) -> Tensor:
+        """Return the model's logits for the running completions only; ValueError if not finite."""
         mask = None if self.mask is None else self.mask[running]
         logits = self.model(*model_inputs((self.ids[running], mask), yt, where))
-        advice = "its weights may be damaged"
+        advice = "its weights may be damaged, so download or train it again"
         check(logits.isfinite().all(), f"the model's logits are not finite; {advice}")
         return logits
 
@@ -138,7 +145,7 @@ def check_lengths(gen_length: int, block: int, steps: int) -> None:
     check(fits, f"--gen_length {gen_length} must be a positive multiple of --block {block}")
     blocks = gen_length // block
     fits = steps >= blocks and steps % blocks == 0
-    check(fits, f"--steps {steps} must be a positive multiple of the {blocks} blocks")
+    check(fits, f"--steps {steps} must be a positive multiple of {blocks}, the number of blocks")
 
 
 @torch.no_grad()
@@ -159,14 +166,16 @@ def generate(
 
     model           a `LLaDA` in eval mode
     prompt_ids      (B, P) int64, padded on the left
-    gen_length      tokens of a completion, in blocks of `block`
-    steps           network evaluations per completion, the same number in each block
+    gen_length      the number of tokens in a completion
+    block           the number of tokens in a block, a divisor of gen_length
+    steps           the number of network evaluations per completion, as many in each block
     temperature     0: the most probable token; 1: draws from the model
-    attention_mask  (B, P): False or 0 where prompts are padded
+    attention_mask  (B, P): False or 0 where prompts are padded; None: no padding
+    generator       the source of randomness, on the model's device; None: torch's own
     order           one of `dtm.ORDERS`
-    ban_mask        whether the mask token is never drawn; the reference allows it
-    ends            tokens after whose block a completion is not decoded further; the reference
-                    has none
+    ban_mask        whether the mask token is never drawn; LLaDA's generate.py allows it
+    ends            end tokens: after the block with the first one, a completion is not decoded
+                    further, and the rest is filled with ends[0]; LLaDA's generate.py has none
     """
     check_lengths(gen_length, block, steps)
     mask_id = model.config["mask_token_id"]
@@ -187,6 +196,6 @@ def generate(
 
 
 def by_length(prompts: Sequence[list[int]], size: int) -> list[list[int]]:
-    """Return batches of indices, sorted by prompt length, so that they need little padding."""
+    """Return batches of up to `size` indices, sorted by prompt length to need little padding."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[i : i + size] for i in range(0, len(order), size)]

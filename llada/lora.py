@@ -1,6 +1,7 @@
-"""Low-rank adapters: y -> y + (alpha / rank) B A dropout(x) for the projections of every block.
+"""Low-rank adapters (LoRA): a projection y = W x becomes y = W x + (alpha / rank) B A dropout(x).
 
-Adapters are saved and loaded as PEFT folders (huggingface/peft), and `merge` adds one to its base.
+W is frozen; A and B are trained, for the chosen projections of every block. Adapters are saved and
+loaded as folders of the library PEFT (huggingface/peft), and `merge` adds one to its base model.
 
 To adapt other projections, add a line to ADAPTED; its name is then a value of --lora.
 """
@@ -16,7 +17,8 @@ from dtm import check
 from llada.checkpoint import explained, read_json, read_tensors, write_file
 from llada.model import PROJECTIONS, projection_shape, shards
 
-# The authors' code asks for seven projections by Llama's names; LLaDA has only four of these names.
+# The authors' code asks for seven projections by Llama's names. LLaDA has only four of these names,
+# so that four projections were adapted in the authors' runs.
 ADAPTED = {"all": [*PROJECTIONS], "paper": ["q_proj", "k_proj", "v_proj", "up_proj"]}
 
 
@@ -25,7 +27,7 @@ class LoRA(nn.Module):
 
     config       the base model's config.json
     projections  names out of `llada.model.PROJECTIONS`
-    seed         of A; B starts at zero, so that a new adapter changes nothing
+    seed         of the random A; B starts at zero, so that a new adapter changes nothing
 
     While training, the factors stay in float32: steps of 1e-6 would vanish in bfloat16.
     """
@@ -44,7 +46,8 @@ class LoRA(nn.Module):
         known = ", ".join(PROJECTIONS)
         check(not unknown, f"LoRA cannot adapt {', '.join(unknown)}; a block has {known}")
         check(bool(projections), f"LoRA needs at least one projection out of {known}")
-        check(rank > 0 and 0 <= dropout < 1, f"LoRA has rank {rank} and dropout {dropout}")
+        needs = "LoRA needs a rank of at least 1 and a dropout of at least 0 and below 1"
+        check(rank > 0 and 0 <= dropout < 1, f"{needs}, not rank {rank} and dropout {dropout}")
         self.projections = list(projections)
         self.rank, self.alpha, self.dropout = rank, alpha, dropout
         generator = Generator().manual_seed(seed)  # on the CPU: the same start on every device
@@ -58,7 +61,7 @@ class LoRA(nn.Module):
         self.A, self.B = nn.ParameterDict(A), nn.ParameterDict(B)
 
     def block(self, i: int) -> dict[str, tuple]:
-        """Return projection -> the last arguments of `add_low_rank`, for block i."""
+        """Return (A, B, scale, dropout) for each adapted projection of block i, by its name."""
         scale, dropout = self.alpha / self.rank, self.dropout if self.training else 0.0
         keys = [f"{i}:{name}" for name in self.projections]
         factors = [(self.A[key], self.B[key], scale, dropout) for key in keys]
@@ -76,15 +79,19 @@ class LoRA(nn.Module):
     @torch.no_grad()
     def fill(self, tensors: dict[str, Tensor]) -> None:
         """Copy tensors with PEFT's names into the parameters; ValueError if they do not fit."""
-        own = self.peft_tensors()
-        wrong = sorted(own.keys() ^ tensors.keys())
-        wrong += [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
-        check(not wrong, f"the adapter does not fit the base model: {wrong[0] if wrong else ''}")
-        for name, p in own.items():
+        parameters = self.peft_tensors()
+        unfit = sorted(parameters.keys() ^ tensors.keys())
+        for name in parameters.keys() & tensors.keys():
+            if parameters[name].shape != tensors[name].shape:
+                unfit.append(name)
+        first = min(unfit, default="")
+        advice = "use the model that it was trained on"
+        check(not unfit, f"the adapter does not fit the base model at {first}; {advice}")
+        for name, p in parameters.items():
             p.copy_(tensors[name])
 
     def save(self, folder: Path, base: str) -> None:
-        """Write a PEFT folder; `base` is the folder or hub id of the base model."""
+        """Write a PEFT folder that records the base model, a folder or a hub id."""
         write_file(folder / "adapter_model.safetensors", self.peft_tensors())
         config = {
             "peft_type": "LORA",
@@ -105,19 +112,19 @@ class LoRA(nn.Module):
     def load(cls, folder: Path, config: dict) -> "LoRA":
         """Return the frozen adapter of a PEFT folder, for a base model with this config.json.
 
-        ValueError: a file is missing or damaged, the adapter does not fit the base model, or it is
-        of a variant that would load and compute something else.
+        Raises ValueError if a file is missing or damaged, if the adapter does not fit the base
+        model, or if it is a variant of LoRA, which would load and compute something else here.
         """
         file = Path(folder) / "adapter_config.json"
         saved = read_json(file)
         for key in ("use_dora", "use_rslora", "alpha_pattern", "modules_to_save"):
-            advice = "only plain LoRA is supported; save the adapter as one"
+            advice = "only plain LoRA can be loaded; train the adapter without this option"
             check(not saved.get(key), f"{file}: {key} is {saved.get(key)!r}, but {advice}")
         tensors = dict(read_tensors(Path(folder) / "adapter_model.safetensors"))
-        found = [p for p in PROJECTIONS if any(f".{p}.lora_" in name for name in tensors)]
+        projections = [p for p in PROJECTIONS if any(f".{p}.lora_" in name for name in tensors)]
         with explained(f"{folder} cannot be used", ValueError, KeyError, TypeError):
             dropout = saved.get("lora_dropout", 0.0)
-            lora = cls(config, found, saved["r"], saved["lora_alpha"], dropout)
+            lora = cls(config, projections, saved["r"], saved["lora_alpha"], dropout)
             lora.fill(tensors)
         return lora.requires_grad_(False).eval()
 
@@ -125,8 +132,8 @@ class LoRA(nn.Module):
 def base_of(adapter: Path, model: str = "") -> str:
     """Return the base model of an adapter: `model` if it is given, else the one that it records.
 
-    A given model that differs from the recorded one is used, and a line says so, because a folder
-    may have moved since the adapter was saved.
+    If the given model differs from the recorded one, a printed line says so. It is no error, since
+    the folder may have moved after the adapter was saved.
     """
     file = Path(adapter) / "adapter_config.json"
     recorded = read_json(file).get("base_model_name_or_path") or ""
@@ -139,10 +146,10 @@ def base_of(adapter: Path, model: str = "") -> str:
 
 
 def merge(base: Path, adapter: Path, out: Path) -> None:
-    """Write a new checkpoint folder with W + (alpha / rank) B A in the place of every adapted W.
+    """Write a new checkpoint folder with W + (alpha / rank) B A in place of every adapted W.
 
-    The sum is computed in float32 and rounded to the dtype of W. Names and files are the base's.
-    ValueError: `out` exists, or the adapter does not fit the base.
+    The sum is computed in float32 and rounded to the dtype of W. The names of tensors and files are
+    those of the base. Raises ValueError if `out` exists or the adapter does not fit the base.
     """
     check(not out.exists(), f"{out} exists already; merge into a new folder")
     lora = LoRA.load(adapter, read_json(base / "config.json"))
@@ -162,6 +169,7 @@ def merge(base: Path, adapter: Path, out: Path) -> None:
             check(fits, f"{base / file}: {name} is {W.dtype} {[*W.shape]}, not {[*change.shape]}")
             tensors[name] = (W.float() + change).to(W.dtype)
         write_file(temporary / file, tensors)
-    lost = min(key_of, default="")
-    check(not lost, f"{base} lacks {lost}, which the adapter changes; download the base again")
+    missing = min(key_of, default="")
+    advice = "download the base again"
+    check(not missing, f"{base} lacks {missing}, which the adapter changes; {advice}")
     temporary.replace(out)

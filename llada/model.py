@@ -1,15 +1,17 @@
 """The transformer of LLaDA, and loading it from a checkpoint.
 
 LLaDA-8B is a Llama without the causal mask: every position attends to every other one, and the
-logits at position t predict the token at position t. The state dict has the names of the published
-checkpoint (ML-GSAI/LLaDA), which are OLMo's: ff_proj is Llama's gate projection, ff_out its down
-projection, attn_out its output projection. The head is also called ff_out.
+logits at position t predict the token at position t. The tensors have the names of the published
+checkpoint, which are OLMo's: attn_out is Llama's output projection, ff_proj its gate projection,
+up_proj its up projection, and ff_out its down projection. The head over the vocabulary has the name
+ff_out, too, but it does not belong to a block.
 
-The adapters of `llada.lora` hang on the model: `model.adapters["student"]` holds one, and
+The adapters of `llada.lora` are attached to the model: `model.adapters["student"]` holds one, and
 `model.use("student")` switches it on.
 
-References: the remote code of GSAI-ML/LLaDA-8B-Instruct. Attention masks are honoured, as in that
-code since October 2025; before that it attended to the padding.
+Source: the model code that GSAI-ML published with LLaDA-8B-Instruct. No position attends to padding
+that an attention mask marks. The published code has done the same since October 2025; before that
+it ignored the mask.
 """
 
 import functools
@@ -40,7 +42,7 @@ CONFIG_8B = {
     "eos_token_id": 126081,
     "pad_token_id": 126081,
 }
-# The linear projections of a block: from which width to which, model or mlp.
+# The linear projections of a block, each with the width of its input and that of its output.
 PROJECTIONS = {
     "q_proj": ("model", "model"),
     "k_proj": ("model", "model"),
@@ -61,7 +63,10 @@ def projection_shape(config: dict, name: str) -> tuple[int, int]:
 
 # ---- 1. The transformer -------------------------------------------------------------------------
 class RMSNorm(nn.RMSNorm):
-    """Root-mean-square norm, computed in float32 and rounded to x's dtype before the gain."""
+    """The root-mean-square norm with a gain.
+
+    x is normalised in float32, and rounded to its own dtype before the gain multiplies it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         normed = F.rms_norm(x.float(), self.normalized_shape, None, self.eps)
@@ -71,9 +76,10 @@ class RMSNorm(nn.RMSNorm):
 @functools.lru_cache(8)
 @torch.inference_mode(False)  # a tensor made in inference mode could not be used in training
 def rotary_angles(T: int, half: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of t theta^(-j / half), each (T, half), float32.
+    """Return cos and sin of the angles t theta^(-j / half), each (T, half), float32.
 
-    They are computed on the CPU, so that all devices use the same numbers.
+    t is a position below T, and j numbers the `half` pairs of coordinates that are rotated. The
+    angles are computed on the CPU, so that all devices use the same numbers.
     """
     frequency = 1 / theta ** (torch.arange(half).float() / half)
     angle = torch.arange(T).float()[:, None] * frequency
@@ -81,21 +87,28 @@ def rotary_angles(T: int, half: int, theta: float, device: torch.device) -> tupl
 
 
 def rotate(u: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return queries or keys u (B, heads, T, d) with rotary positions; cos and sin (T, d / 2)."""
+    """Return queries or keys u (B, heads, T, d), rotated by their positions.
+
+    cos and sin are (T, d / 2). The rotation is computed in float32 and rounded at its end.
+    """
     u1, u2 = u.float().chunk(2, -1)
     return torch.cat([u1 * cos - u2 * sin, u2 * cos + u1 * sin], -1).to(u.dtype)
 
 
-def add_low_rank(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float):
-    """Return y + scale B A dropout(x) for the input x (..., n) and the output y (..., m) of a
-    projection, with A (rank, n) and B (m, rank). One call adds and multiplies, which saves memory.
+def add_low_rank(
+    x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float, dropout: float
+) -> Tensor:
+    """Return y + scale B A dropout(x), (..., m).
+
+    x (..., n) is the input of a projection, y (..., m) its output, A is (rank, n), and B (m, rank).
+    One call multiplies and adds, which saves memory and rounds only once.
     """
     inner = F.linear(F.dropout(x, dropout), A.to(x.dtype)).flatten(0, -2)
     return torch.addmm(y.flatten(0, -2), inner, B.to(x.dtype).T, alpha=scale).view_as(y)
 
 
 class Block(nn.Module):
-    """One layer: attention over all positions, then a gated MLP, each behind a norm."""
+    """One layer: attention over all positions, then a gated MLP. A norm precedes each of them."""
 
     def __init__(self, config: dict):
         super().__init__()
@@ -109,10 +122,12 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, lora: dict[str, tuple]
     ) -> Tensor:
-        """x (B, T, d) -> (B, T, d).
+        """Return the hidden states after this layer, (B, T, d).
 
-        visible  (B, 1, 1, T) bool: the keys that may be attended to; None: all
-        lora     per adapted projection what `add_low_rank` needs, see `LoRA.block`
+        x         (B, T, d) hidden states before this layer
+        cos, sin  from `rotary_angles`
+        visible   (B, 1, 1, T) bool: the keys that may be attended to; None: all
+        lora      for each adapted projection the arguments of `add_low_rank`, see `LoRA.block`
         """
         u = self.attn_norm(x)
         q = rotate(self.split(self.project("q_proj", u, lora)), cos, sin)
@@ -125,11 +140,12 @@ class Block(nn.Module):
         return x + self.project("ff_out", gated, lora)
 
     def project(self, name: str, u: Tensor, lora: dict[str, tuple]) -> Tensor:
+        """Return the output of a projection for the input u, with its adapter if it has one."""
         y = getattr(self, name)(u)
         return add_low_rank(u, y, *lora[name]) if name in lora else y
 
     def split(self, u: Tensor) -> Tensor:
-        """(B, T, heads d) -> (B, heads, T, d)"""
+        """Return u (B, T, heads d) in the shape (B, heads, T, d)."""
         return u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
@@ -137,7 +153,7 @@ class LLaDA(nn.Module):
     """The masked diffusion transformer.
 
     config     the checkpoint's config.json
-    adapters   name -> LoRA; use(name) switches one on, use(None) none
+    adapters   the `LoRA` of each name; use(name) switches one on, and use(None) switches it off
     recompute  whether the backward pass recomputes each block instead of keeping its activations
     """
 
@@ -157,7 +173,7 @@ class LLaDA(nn.Module):
         self.adapters = nn.ModuleDict()
 
     def use(self, adapter: str | None) -> "LLaDA":
-        """Switch an adapter on (None: the base model alone) and return the model."""
+        """Switch to an adapter, or to the base model without any (None), and return the model."""
         known = adapter is None or adapter in self.adapters
         check(known, f"the model has no adapter {adapter!r}, only {[*self.adapters]}")
         self.active = adapter
@@ -198,24 +214,25 @@ class LLaDA(nn.Module):
     ) -> "LLaDA":
         """Return the model of a folder or hub id, frozen, in eval mode, in `dtype` on `device`.
 
-        The model is built without memory and filled tensor by tensor, from whichever files the
-        checkpoint's index names. Raises ValueError if a file is missing or damaged, or if the
-        tensors are not those of LLaDA with this config.json.
+        The model is built on the meta device, which takes no memory, and then receives one tensor
+        after the other from the files that the checkpoint's index names. Raises ValueError if a
+        file is missing or damaged, or if the tensors are not those of LLaDA with this config.json.
         """
         folder = locate(source)
-        with explained(f"{folder} is not a LLaDA checkpoint", KeyError, ZeroDivisionError):
+        with explained(f"{folder} is not a LLaDA checkpoint; use another --model", KeyError):
             with torch.device("meta"):
                 model = cls(read_json(folder / "config.json"))
         tensors = {}
         for file, names in shards(folder).items():
             for name, t in read_tensors(folder / file, names):
                 tensors[name] = t.to(device, dtype)
-        with explained(f"{folder} does not hold the tensors of its config.json", RuntimeError):
+        unfit = f"{folder} does not hold the tensors of its config.json; download it again"
+        with explained(unfit, RuntimeError):
             model.load_state_dict(tensors, strict=True, assign=True)
         return model.requires_grad_(False).eval()
 
     def save_pretrained(self, folder: Path, files: int = 2) -> None:
-        """Write config.json, the tensors in so many files, and their index, without adapters."""
+        """Write the model without its adapters: `files` files of tensors, an index, config.json."""
         tensors = {k: t for k, t in self.state_dict().items() if not k.startswith("adapters")}
         file_of = {}
         for i, name in enumerate(tensors):
@@ -227,7 +244,8 @@ class LLaDA(nn.Module):
         size = sum(t.nbytes for t in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": file_of}
         write_file(folder / "model.safetensors.index.json", index)
-        write_file(folder / "config.json", self.config)  # comes last: its folder is complete
+        # This file comes last, so that a folder that holds it is complete.
+        write_file(folder / "config.json", self.config)
 
 
 # ---- 2. Where a checkpoint lies -----------------------------------------------------------------
@@ -247,13 +265,15 @@ def locate(source: str | Path) -> Path:
 
 
 def shards(folder: Path) -> dict[str, list[str] | None]:
-    """Return file name -> names of its tensors (None: all), from the index if there is one."""
+    """Return the names of the tensors in each file of a checkpoint, as its index says.
+
+    A checkpoint of one file has no index; None stands for all of its tensors.
+    """
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").exists() and not index.exists():
         return {"model.safetensors": None}
-    with explained(
-        f"{index} has no usable weight_map; download it again", KeyError, AttributeError
-    ):
+    unusable = f"{index} has no usable weight_map; download it again"
+    with explained(unusable, KeyError, AttributeError):
         names: dict[str, list[str]] = {}
         for name, file in read_json(index)["weight_map"].items():
             names.setdefault(file, []).append(name)

@@ -85,7 +85,7 @@ def test_a_missing_file_is_named(folder, file):
     [
         ("config.json", '{"d_model": 64, ', "config.json does not hold a JSON object"),
         ("config.json", "3", "config.json does not hold a JSON object"),
-        ("config.json", '{"hidden_size": 64}', "is not a LLaDA checkpoint .*d_model"),
+        ("config.json", '{"hidden_size": 64}', "is not a LLaDA checkpoint.*d_model"),
         (INDEX, "{}", f"{INDEX} has no usable weight_map"),
         (FILES[0], "{}", f"{FILES[0]} is missing or damaged"),
     ],

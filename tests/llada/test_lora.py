@@ -213,7 +213,7 @@ def test_a_variant_that_computes_something_else_is_refused(adapter, key, value):
 
 
 def test_an_adapter_of_another_size_or_of_other_layers_is_refused(adapter):
-    message = "does not fit the base model: "
+    message = "does not fit the base model at "
     refused(f"{message}.*blocks.2.", LoRA.load, adapter, CONFIG | {"n_layers": 3})
     refused(f"{message}.*(ff|up)", LoRA.load, adapter, CONFIG | {"mlp_hidden_size": 96})
     head = "base_model.model.model.transformer.ff_out.lora_A.weight"
