@@ -33,14 +33,13 @@ PADS = [0, 5, 11]
 
 
 # ---- tokens --------------------------------------------------------------------------------------
-def random_ids(length, seed, rows=3):
-    """Return tokens below the special ones, (rows, length)."""
-    return torch.randint(EOS, (rows, length), generator=Generator().manual_seed(seed))
+def random_ids(length, seed):
+    """Return three rows of tokens below the special ones, (3, length)."""
+    return torch.randint(EOS, (3, length), generator=Generator().manual_seed(seed))
 
 
 def padded(ids):
-    """Return the three rows with 0, 5 and 11 pads on the left, cut to their length, and the
-    attention mask."""
+    """Return the rows with 0, 5 and 11 pads on the left, cut to their length, and their mask."""
     visible = torch.arange(ids.shape[1]) >= torch.tensor(PADS)[:, None]
     rows = [row.roll(n) for row, n in zip(ids, PADS, strict=True)]
     return torch.stack(rows).where(visible, EOS), visible

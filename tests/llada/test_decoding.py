@@ -11,14 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Generator
 
 import dtm
-from llada.decoding import (
-    ChatTokenizer,
-    before_the_end,
-    by_length,
-    generate,
-    model_inputs,
-    pad_left,
-)
+from llada.decoding import ChatTokenizer, before_the_end, by_length, generate, pad_left
 from llada.model import LLaDA
 from llada_finetune import Config, complete
 
@@ -80,7 +73,7 @@ def test_an_attention_mask_that_hides_nothing_is_dropped(model):
 
 
 def test_a_mask_token_may_be_drawn_unless_it_is_banned(model):
-    """A position that draws the mask token stays masked, as in the reference; rollouts ban it."""
+    """A position that draws the mask token stays masked, as in LLaDA's code; rollouts ban it."""
     tensors = model.state_dict()
     tensors[tiny.HEAD][MASK] *= 2
     visible = torch.ones_like(PROMPT, dtype=torch.bool)
@@ -198,14 +191,6 @@ def test_prompts_are_padded_on_the_left():
     assert pad_left([[5, 6], [7, 8]], pad_id=9)[1] is None
 
 
-def test_the_models_inputs_are_prompts_and_completions_side_by_side():
-    xt, where = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[True, False], [False, True]])
-    ids, mask, chosen = model_inputs(pad_left([[5, 6], [8]], pad_id=9), xt, where)
-    assert ids.tolist() == [[5, 6, 1, 2], [9, 8, 3, 4]]
-    assert mask.int().tolist() == [[1, 1, 1, 1], [0, 1, 1, 1]]
-    assert chosen.int().tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
-
-
 def test_batches_hold_every_prompt_once_sorted_by_length():
     lengths = torch.randint(30, (23,), generator=Generator().manual_seed(0)).tolist()
     batches = by_length([[0] * n for n in lengths], 5)
@@ -252,8 +237,7 @@ def test_a_base_models_prompt_is_the_bare_text(tmp_path):
     assert tokenizer.ends == [1]
 
 
-def test_a_damaged_tokenizer_is_named(tmp_path):
-    for content in ("{", None):
-        file = tmp_path / "tokenizer.json"
-        file.write_text(content) if content else file.unlink()
-        refused("tokenizer.json is missing or damaged", ChatTokenizer, tmp_path)
+def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
+    refused("tokenizer.json is missing or damaged", ChatTokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    refused("tokenizer.json is missing or damaged", ChatTokenizer, tmp_path)

@@ -198,18 +198,12 @@ def test_an_adapter_that_peft_wrote_is_loaded(adapter):
     assert (lora.rank, lora.alpha, lora.dropout) == (4, 6, 0.0)
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("use_dora", True),
-        ("use_rslora", True),
-        ("alpha_pattern", {"q_proj": 8}),
-        ("modules_to_save", ["ff_out"]),
-    ],
-)
-def test_a_variant_that_computes_something_else_is_refused(adapter, key, value):
-    tiny.change_json(adapter / SETTINGS, **{key: value})
-    refused(f"{SETTINGS}: {key} is {re.escape(repr(value))}", LoRA.load, adapter, CONFIG)
+def test_a_variant_that_computes_something_else_is_refused(adapter):
+    variants = {"use_dora": True, "use_rslora": True}
+    variants |= {"alpha_pattern": {"q_proj": 8}, "modules_to_save": ["ff_out"]}
+    for key, value in variants.items():
+        (adapter / SETTINGS).write_text(json.dumps(PEFT | {key: value}))
+        refused(f"{SETTINGS}: {key} is {re.escape(repr(value))}", LoRA.load, adapter, CONFIG)
 
 
 def test_an_adapter_of_another_size_or_of_other_layers_is_refused(adapter):
@@ -223,13 +217,10 @@ def test_an_adapter_of_another_size_or_of_other_layers_is_refused(adapter):
     refused("adapter cannot be used .*at least one projection", LoRA.load, adapter, CONFIG)
 
 
-@pytest.mark.parametrize("file", [WEIGHTS, SETTINGS])
-def test_a_damaged_or_missing_file_of_an_adapter_is_named(adapter, file):
-    complete = (adapter / file).read_bytes()
-    (adapter / file).write_bytes(complete[: len(complete) // 2])
-    refused(f"{file} (is missing or damaged|does not hold a JSON)", LoRA.load, adapter, CONFIG)
-    (adapter / file).unlink()
-    refused(f"{file} is missing", LoRA.load, adapter, CONFIG)
+def test_a_missing_file_of_an_adapter_is_named(adapter):
+    for file in (WEIGHTS, SETTINGS):
+        (adapter / file).unlink()
+        refused(f"{file} is missing", LoRA.load, adapter, CONFIG)
 
 
 @pytest.mark.parametrize("recorded", ["some/base", "", None])
