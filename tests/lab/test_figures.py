@@ -1,45 +1,54 @@
-"""The other scripts in figures/: gradient variance, the bound along a run, decoding orders."""
+"""The scripts in figures/: gradient variance, the bound along a run, decoding orders, pictures."""
 
+import importlib
 import json
 import math
-import pickle
-import sys
-from concurrent.futures import Future
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CFG, SMALL, L, V, base_net, command, counts_of, draw, judge_of, rejects, table
+from lab_helpers import (
+    CFG,
+    ROOT,
+    SMALL,
+    InThisProcess,
+    base_net,
+    command,
+    count_sequences,
+    evaluation_of,
+    mean,
+    moves_table,
+    rejects,
+    table_of,
+)
 from PIL import Image
 from torch import Generator
 
 import dtm
 import maze_lab as lab
-from figures import control_variate, decoding_order, maze_gif, phases, rivals
+from figures import control_variate, decoding_order, maze_gif, phases, redraw
+from figures.rivals import compare
+from maze_lab import MASK, V
 
-VOCABULARY = lab.V  # 4, where V is the samplers' 3
 
-
-# ---- gradient variance, phases, decoding orders --------------------------------------------------
-class StateC:
+# ---- gradient variance ---------------------------------------------------------------------------
+def state_c(xt, mask):
     """A control variate that depends on the state."""
-
-    def __call__(self, xt, mask):
-        return (1 + 0.3 * xt)[mask]
+    return (1 + 0.3 * xt)[mask]
 
 
 def variance_by_autograd(teacher, rho, w, control):
-    """The definition: the gradient of every sequence at every state, its spread around the mean."""
+    """The definition: the gradient of every sequence at every state, and its spread there."""
     length = 2
-    x, total = dtm.all_sequences(VOCABULARY, length), 0.0
+    x, total = dtm.all_sequences(V, length), 0.0
     for mask in dtm.all_sequences(2, length)[1:].bool():
-        xt, k = torch.where(mask, VOCABULARY, x), int(mask.sum())
+        xt, k = torch.where(mask, MASK, x), int(mask.sum())
         where = mask.expand_as(xt)
         logits = teacher(xt, where).clone().requires_grad_()
         w_here = w[:, None].expand_as(xt)[where]
         loss = dtm.c_dtm_loss(logits, teacher(xt, where), x[where], w_here, control(xt, where))
         loss.sum().backward()
-        gradients = logits.grad.view(len(x), k, VOCABULARY)
+        gradients = logits.grad.view(len(x), k, V)
         for state in xt.unique(dim=0):
             rows = (xt == state).all(1)
             p = (rho[rows] / rho[rows].sum())[:, None, None]
@@ -50,27 +59,25 @@ def variance_by_autograd(teacher, rho, w, control):
 
 def test_D7_gradient_variance_against_autograd():
     g = Generator().manual_seed(0)
-    rho = torch.randn(VOCABULARY**2, generator=g).double().softmax(0)
-    w = torch.exp(2 * torch.rand(VOCABULARY**2, generator=g).double())
-    pi = dtm.exact_posterior(rho, dtm.all_sequences(VOCABULARY + 1, 2))
-    teacher = dtm.Table(pi.log().clamp_min(-60)).requires_grad_(False)
+    rho = torch.randn(V**2, generator=g).double().softmax(0)
+    w = torch.exp(2 * torch.rand(V**2, generator=g).double())
+    posterior = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, 2))
+    teacher = table_of(posterior).requires_grad_(False)
     best = control_variate.ExactBestC(teacher, rho, w)
     found = {}
-    for control in (*[lab.FixedC(c) for c in (0.0, 1.5, 3.0)], StateC(), best):
+    for control in (*[lab.FixedC(c) for c in (0.0, 1.5, 3.0)], state_c, best):
         found[control] = control_variate.gradient_variance(teacher, rho, w, control)
-        expected = variance_by_autograd(teacher, rho, w, control)
-        assert found[control] == pytest.approx(expected)
+        assert found[control] == pytest.approx(variance_by_autograd(teacher, rho, w, control))
     assert 0 < found[best] == min(found.values())
 
 
-def test_variance_of_any_number_c_from_three_points():
-    judge = judge_of(base_net())
-    table = lab.tabulate(base_net(), SMALL.L)
-    rho, w = lab.law(table), dtm.tilt_weight(judge.r.double(), 1.0)
-    known = control_variate.variances_at(table, rho, judge.r, 1.0)
-    mean = (rho @ w).item()
-    normalised = control_variate.gradient_variance(table, rho, w / mean, lab.FixedC(1.0))
-    assert known["c = 1, w / mean"] == pytest.approx(normalised)
+def test_the_variance_at_any_number_c_follows_from_three_points():
+    evaluation, table = evaluation_of(base_net()), lab.tabulate(base_net(), SMALL.L)
+    rho, w = lab.path_distribution(table), dtm.tilt_weight(evaluation.r.double(), 1.0)
+    known = control_variate.variances_at(table, rho, evaluation.r, 1.0)
+    normalized = w / (rho @ w).item()
+    expected = control_variate.gradient_variance(table, rho, normalized, lab.FixedC(1.0))
+    assert known["c = 1, self-normalized"] == pytest.approx(expected)
     grid = [lab.FixedC(c / 20) for c in range(10, 60)]
     scanned = min(control_variate.gradient_variance(table, rho, w, control) for control in grid)
     assert known["best scalar c"] == pytest.approx(scanned, rel=5e-3)
@@ -78,27 +85,31 @@ def test_variance_of_any_number_c_from_three_points():
 
 
 def test_D7_the_learned_c_fits_its_closed_form():
-    """On a fixed teacher: near the best enumerated variance, and better than any scalar."""
+    """On a fixed teacher it comes close to the best variance, and is better than any scalar."""
     base = base_net(0, replace(CFG, base_steps=200))
-    judge, teacher, g = judge_of(base), lab.tabulate(base, SMALL.L), Generator().manual_seed(0)
-    w = dtm.tilt_weight(judge.r, 4.0)
-    w = w / (judge.rho_0 @ w.double()).float()
+    evaluation, teacher = evaluation_of(base), lab.tabulate(base, SMALL.L)
+    w = dtm.tilt_weight(evaluation.r, 4.0)
+    w = w / (evaluation.rho_0 @ w.double()).float()
+    g = Generator().manual_seed(0)
     torch.manual_seed(0)
     control = lab.LearnedC(SMALL.L, "cpu")
     for _ in range(600):
-        i = judge.rho_0.multinomial(256, True, generator=g)
-        xt, mask = dtm.mask_random(judge.x[i], VOCABULARY, g)
-        logits_a, c = teacher(xt, mask), control(xt, mask)
-        control.learn(c, logits_a, logits_a, judge.x[i][mask], lab.spread(w[i], mask), mask)
+        i = evaluation.rho_0.multinomial(256, True, generator=g)
+        xt, mask = dtm.mask_random(evaluation.x[i], MASK, g)
+        facts = {"logits": None, "logits_a": teacher(xt, mask), "token": evaluation.x[i][mask]}
+        facts |= {"w": w[i, None].expand(mask.shape)[mask]}
+        facts |= {"share": (1 / (256 * mask.sum(1)))[:, None].expand(mask.shape)[mask]}
+        control.learn(control(xt, mask), **facts)
 
     def variance(control):
-        return control_variate.gradient_variance(teacher, judge.rho_0, w, control)
+        return control_variate.gradient_variance(teacher, evaluation.rho_0, w, control)
 
-    best = variance(control_variate.ExactBestC(teacher, judge.rho_0, w))
+    best = variance(control_variate.ExactBestC(teacher, evaluation.rho_0, w))
     scalar = min(variance(lab.FixedC(c)) for c in (0.8, 0.9, 1.0, 1.1))
     assert best < variance(control) < 0.9 * scalar
 
 
+# ---- the bound, and the orders -------------------------------------------------------------------
 def test_D12_both_sides_of_the_bound_along_a_run(monkeypatch):
     monkeypatch.setattr(lab, "make_maze", lambda cfg, seed: SMALL)
     base = {"seed": 0, "net": base_net()}
@@ -111,119 +122,104 @@ def test_D12_both_sides_of_the_bound_along_a_run(monkeypatch):
 
 @pytest.mark.parametrize(
     "order, choose",
-    [("confidence", decoding_order.confidence_choice), ("state", decoding_order.state_choice)],
+    [
+        ("low_confidence", decoding_order.low_confidence_choice),
+        ("top_prob", decoding_order.top_prob_choice),
+    ],
 )
 def test_D11_each_decoding_order_has_its_enumerated_law(order, choose):
-    model, n = table(1, 0.6), 40_000
-    law = dtm.exact_marginal(model, V, L, choose=choose).detach()
+    """False alarm 1e-4, and the generators are fixed."""
+    model, length, n = moves_table(2, seed=1, scale=0.6), 2, 40_000
+    law = dtm.exact_marginal(model, V, length, choose=choose).detach()
     assert law.sum().item() == pytest.approx(1)
-    assert not rejects(counts_of(draw(model, n, order=order)), n * law)
-    assert rejects(counts_of(draw(model, n, order="random")), n * law)
+
+    def drawn(order):
+        blank, noise = torch.full((n, length), MASK), Generator().manual_seed(0)
+        *_, x = dtm.sample(model, blank, MASK, order=order, generator=noise)
+        return count_sequences(x, V, length)
+
+    assert not rejects(drawn(order), n * law)
+    assert rejects(drawn("random"), n * law)
 
 
-def test_certainty_keeps_the_law_of_a_consistent_model_and_confidence_does_not():
-    rho = torch.randn(27, generator=Generator().manual_seed(2)).double().softmax(0)
-    posterior = dtm.exact_posterior(rho, dtm.all_sequences(V + 1, L))
-    model = dtm.Table(posterior.log().clamp_min(-60))
+def test_D11_top_prob_keeps_a_consistent_model_and_low_confidence_does_not():
+    rho = torch.randn(V**3, generator=Generator().manual_seed(2)).double().softmax(0)
+    model = table_of(dtm.exact_posterior(rho, dtm.all_sequences(V + 1, 3)))
     laws = {}
     for name, choose in decoding_order.CHOICES.items():
-        laws[name] = dtm.exact_marginal(model, V, L, choose=choose).detach()
+        laws[name] = dtm.exact_marginal(model, V, 3, choose=choose).detach()
     torch.testing.assert_close(laws["random order"], rho, atol=1e-12, rtol=0)
-    torch.testing.assert_close(laws["by certainty"], rho, atol=1e-12, rtol=0)
-    assert (laws["by confidence"] - rho).abs().sum() > 0.05
+    torch.testing.assert_close(laws["top-probability order"], rho, atol=1e-12, rtol=0)
+    assert (laws["low-confidence remasking"] - rho).abs().sum() > 0.05
 
 
 # ---- the commands --------------------------------------------------------------------------------
-TINY = "--quick --steps 40 --rollouts 256 --batch 8 --base-steps 8 --jobs 2 --seeds 1"
-TINY = [*TINY.split(), "--width", "16", "--layers", "1"]
+TINY = {"base_steps": 8, "base_batch": 32, "steps": 40, "phases": 2, "rollouts": 256, "batch": 8}
+TINY |= {"width": 16, "layers": 1}
 
 
-class InThisProcess:
-    """In the place of the pool: runs on a small maze end before another process has started. What
-    a process would be sent is pickled all the same."""
-
-    def __init__(self, *settings):
-        pass
-
-    def submit(self, *call):
-        run, *args = pickle.loads(pickle.dumps(call))
-        future = Future()
-        future.set_result(run(*args))
-        return future
-
-    def shutdown(self, cancel_futures):
-        pass
+@pytest.fixture
+def tiny(monkeypatch):
+    """`--quick` runs on a small maze, in this process, in a fraction of a second per method."""
+    monkeypatch.setattr(lab, "QUICK", TINY)
+    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
+    monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
+    few = [replace(method, rounds=16) for method in compare.METHODS]
+    monkeypatch.setattr(compare, "METHODS", few)
 
 
 @pytest.mark.parametrize(
-    "script, key",
-    [
-        (rivals, "frontier"),
-        (control_variate, "grad_var"),
-        (phases, "ess"),
-        (decoding_order, "modes"),
-    ],
+    "module, key",
+    [("control_variate", "grad_var"), ("phases", "phase_bound"), ("decoding_order", "modes")]
+    + [("rivals.compare", "frontier")],
 )
-def test_each_script_makes_its_table_json_and_png_and_redraws(
-    tmp_path, monkeypatch, capsys, script, key
-):
-    name = script.__name__.rpartition(".")[2]
-    settings = [*TINY, *(["--phases", "2"] if script != phases else [])]
-    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
-    monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
-    few = [replace(method, rounds=16) for method in rivals.METHODS]  # DMPO's 2,048 take long
-    monkeypatch.setattr(rivals, "METHODS", few)
-    monkeypatch.setattr(sys, "argv", [script.__file__, *settings, "--out", str(tmp_path)])
-    script.main()
+def test_each_script_writes_its_table_json_and_picture(tmp_path, tiny, capsys, module, key):
+    script = importlib.import_module(f"figures.{module}")
+    name = module.partition(".")[0]
+    if name == "phases":  # its arms have up to 32 phases
+        lab.QUICK["rollouts"] = 512
+    script.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    result = json.loads((tmp_path / f"quick_{name}.json").read_text())
-    assert result["command"].startswith(f"python -m figures.{name} --quick")
+    result = json.loads((tmp_path / "data" / f"quick_{name}.json").read_text())
+    assert result["command"] == f"python -m figures.{name} --quick --out {tmp_path}"
     assert len(result["rows"]) == len(result["arms"])
     assert all(math.isfinite(row[key]) and row["arm"] in printed for row in result["rows"])
-    picture = tmp_path / f"quick_{name}.png"
-    before = picture.read_bytes()
-    picture.unlink()
-    monkeypatch.setattr(sys, "argv", [script.__file__, "--plot-only", "--out", str(tmp_path)])
-    script.main()
-    assert picture.read_bytes() == before
+    assert (tmp_path / f"quick_{name}.png").stat().st_size > 5_000
+    assert [file.name for file in (tmp_path / "data").iterdir()] == [f"quick_{name}.json"]
 
 
-def test_tuning_tries_rates_and_rounds_and_says_who_moves(tmp_path, monkeypatch, capsys):
-    settings = [*TINY, "--rollouts", "512", "--tune", "--only", "ELBO", "--first-seed", "100"]
-    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
-    monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(sys, "argv", [rivals.__file__, *settings, "--out", str(tmp_path)])
-    rivals.main()
-    result = json.loads((tmp_path / "quick_rivals_tuning_only.json").read_text())
-    [method] = [method for method in rivals.METHODS if method.name == "ELBO-REINFORCE"]
+def test_tuning_scores_rates_and_rounds(tmp_path, tiny, capsys):
+    args = ["--quick", "--tune", "--only", "ELBO", "--first-seed", "100", "--out", str(tmp_path)]
+    compare.main(args)
+    result = json.loads((tmp_path / "data" / "quick_rivals_tuning_only.json").read_text())
+    [method] = [method for method in compare.METHODS if method.name == "ELBO-REINFORCE"]
     tried = [(arm["lr"] / method.lr, arm["rounds"] / method.rounds) for arm in result["arms"]]
     assert tried == [(1, 1), (0.5, 1), (2, 1), (1, 0.5), (1, 2)]
     scores = {row["arm"]: row["kl_reverse"] for row in result["rows"]}
     assert result["scores"] == scores and {row["seed"] for row in result["rows"]} == {100}
     best = min(scores, key=scores.get)
-    verb = "stays" if best == result["arms"][0]["name"] else "MOVES"
-    assert f"{verb} {best}" in capsys.readouterr().out
+    verdict = "stays at" if best == result["arms"][0]["name"] else "MOVES to"
+    assert f"{verdict} {best}" in capsys.readouterr().out
 
 
-def test_a_script_sends_its_runs_to_processes_of_their_own(tmp_path):
-    settings = [*TINY, "--phases", "2", "--only", "c = 1", "--out", tmp_path]
-    ran = command("-m", "figures.rivals", *settings)
+def test_a_package_sends_its_runs_to_processes(tmp_path):
+    """`python -m figures.rivals` has a __main__.py that a spawned process does not import."""
+    quick = f"import maze_lab; maze_lab.QUICK = {TINY}; import runpy, sys; "
+    code = quick + "runpy.run_module('figures.rivals', run_name='__main__', alter_sys=True)"
+    ran = command("-c", code, "--quick", "--only", "c = 1", "--jobs", 1, "--out", tmp_path)
     assert ran.returncode == 0, ran.stderr
-    result = json.loads((tmp_path / "quick_rivals_only.json").read_text())
+    result = json.loads((tmp_path / "data" / "quick_rivals_only.json").read_text())
     assert [row["arm"] for row in result["rows"]] == ["c-DTM, c = 1"]
 
 
-def test_the_animation_is_small_and_complete(tmp_path, monkeypatch, capsys):
-    tiny = {"base_steps": 8, "base_batch": 32, "steps": 16, "phases": 2, "rollouts": 256}
-    monkeypatch.setattr(lab, "QUICK", tiny)
-    monkeypatch.setattr(lab, "make_maze", lambda cfg, seed=0: SMALL)
-    monkeypatch.setattr(sys, "argv", ["maze_gif.py", "--quick", "--out", str(tmp_path)])
-    maze_gif.main()
+def test_the_animation_is_small_and_complete(tmp_path, tiny, monkeypatch, capsys):
+    monkeypatch.setattr(maze_gif, "EPISODES", 2)
+    maze_gif.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("reward alone", "one jump", "annealed, learned c"))
+    assert all(name in printed for name in ("reward only", "one jump", "annealing, learned c"))
     with Image.open(tmp_path / "quick_maze.gif") as image:
-        assert image.n_frames > 30 and image.size[0] <= 1000
-    assert (tmp_path / "quick_maze.gif").stat().st_size < 2_000_000
+        # A path has 5 states and 2 frames of rest; the writer may join equal frames.
+        assert 2 * 5 <= image.n_frames <= 2 * 7 and image.size[0] <= 1000
 
 
 def test_a_path_is_drawn_as_far_as_it_is_known():
@@ -231,6 +227,75 @@ def test_a_path_is_drawn_as_far_as_it_is_known():
     finished = torch.tensor([1, 2, 2, 1, 2, 1])
     through = [(0, 0), (0, 1), (1, 1), (2, 1), (2, 2), (3, 2), (3, 3)]
     assert maze_gif.known_cells(maze, finished) == through
-    hidden = torch.tensor([1, 2, lab.MASK, 1, lab.MASK, 1])
+    hidden = torch.tensor([1, 2, MASK, 1, MASK, 1])
     assert maze_gif.known_cells(maze, hidden) == through[:3]
-    assert maze_gif.known_cells(maze, torch.full((6,), lab.MASK)) == through[:1]
+    assert maze_gif.known_cells(maze, torch.full((6,), MASK)) == through[:1]
+
+
+# ---- the shipped pictures ------------------------------------------------------------------------
+def shipped(name):
+    return json.loads((ROOT / "figures" / "data" / f"{name}.json").read_text())
+
+
+def test_every_picture_can_be_drawn_again(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    for name in redraw.DRAW:
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(shipped(name)))
+        monkeypatch.setitem(redraw.DRAW, name, lambda result, path: path.write_text("drawn"))
+    redraw.main(["--out", str(tmp_path)])
+    assert {file.stem for file in tmp_path.glob("*.png")} == set(redraw.DRAW)
+
+
+def test_phases_claims_what_its_numbers_say():
+    result = shipped("phases")
+    arms = lab.by_arm(result)
+    assert phases.title_of(result) == (
+        "One phase ends 1.86 nats from the target; sixteen phases end 0.10 nats away"
+    )
+    ends = {name: mean(rows, "kl") for name, rows in arms.items()}
+    assert max(ends, key=ends.get) == "K = 1" and min(ends, key=ends.get) == "K = 16"
+    for record in (record for row in arms["K = 16"] for record in row["trace"]):
+        assert record["phase_kl"] <= record["phase_bound"]
+
+
+def test_control_variate_claims_what_its_numbers_say():
+    result = shipped("control_variate")
+    arms = lab.by_arm(result)
+    assert control_variate.title_of(result) == (
+        "A learned c divides the gradient variance of c = 0 by 10 "
+        "and ends 0.10 instead of 0.37 nats from the target"
+    )
+    for key in ("grad_var", "kl"):
+        values = {name: mean(rows, key) for name, rows in arms.items()}
+        assert max(values, key=values.get) == "c = 0" and min(values, key=values.get) == "learned c"
+    last = [p for p in result["exact"] if p["a"] == 25.6]
+    for h in control_variate.INCREMENTS:
+        line = {p["arm"]: p["grad_var"] for p in last if p["h"] == h}
+        assert min(line, key=line.get) == "learned c"
+
+
+def test_decoding_order_claims_what_its_numbers_say():
+    result = shipped("decoding_order")
+    assert decoding_order.title_of(result) == (
+        "Rollouts by low-confidence remasking end 2.2 nats from the target; "
+        "in random order they end 0.11 nats away"
+    )
+    rows = lab.by_arm(result)
+    nearest = min(row["kl"] for row in rows["low-confidence remasking"])
+    assert nearest > 5 * max(row["kl"] for row in rows["random order"])
+    for point in result["exact"]:
+        assert (point["kl"] > 1) == (point["arm"] == "low-confidence remasking")
+
+
+def test_rivals_claims_what_its_numbers_say():
+    result = shipped("rivals")
+    assert compare.title_of(result) == (
+        '"c-DTM, closed loop" (0.088 nats) and "DMPO, u" (0.092 nats)\n'
+        "end closest to the target among the methods without exact likelihoods"
+    )
+    ends = {name: mean(rows, "kl_reverse") for name, rows in lab.by_arm(result).items()}
+    nearest = sorted(ends, key=ends.get)[:4]
+    assert nearest == ["TraFL, exact", "exact REINFORCE", "c-DTM, closed loop", "DMPO, u"]
+    assert [method.name for method in compare.METHODS] == list(ends)
+    aimed = [name for name, rows in lab.by_arm(result).items() if "target_kl" in rows[0]]
+    assert aimed == [method.name for method in compare.METHODS if method.target]

@@ -1,6 +1,6 @@
-"""The rivals and their accounts, each against a second derivation.
+"""The methods of the comparison, their metrics and their accounts.
 
-Objectives are in test_objectives.py.
+The objectives have their own file, test_objectives.py.
 """
 
 import math
@@ -8,55 +8,57 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import CFG, SMALL, base_net, command
+from lab_helpers import CFG, SMALL, base_net
 from torch import Generator
 
 import dtm
 import maze_lab as lab
-from figures import closed_loop, rivals
+from figures.rivals import compare
+from figures.rivals.frontier import FrontierEvaluation, frontier_at
+from figures.rivals.objectives import exact_reinforce
 
-SMALL_METHODS = [replace(method, rounds=min(method.rounds, 4)) for method in rivals.METHODS]
+SMALL_METHODS = [replace(method, rounds=min(method.rounds, 4)) for method in compare.METHODS]
 
 
-def judge_with_frontier(base, a_end):
-    return rivals.FrontierJudge(SMALL, lab.tabulate(base, SMALL.L), a_end)
+def frontier_evaluation(base, a_end):
+    return FrontierEvaluation(SMALL, lab.tabulate(base, SMALL.L), a_end)
 
 
 # ---- scores and accounts -------------------------------------------------------------------------
 def test_frontier_is_the_distance_to_the_tilts():
-    judge, g = judge_with_frontier(base_net(), 6.0), Generator().manual_seed(0)
-    r = judge.r.double()
+    evaluation, g = frontier_evaluation(base_net(), 6.0), Generator().manual_seed(0)
+    r = evaluation.r.double()
     for a in (0.0, 3.0, 12.0):
-        assert abs(judge.frontier(dtm.exact_tilt(judge.rho_0, r, a))) < 1e-9
-    tilts = [dtm.exact_tilt(judge.rho_0, r, a) for a in torch.linspace(-20, 40, 6001).tolist()]
-    costs = [lab.kl(p, judge.rho_0) for p in tilts]
+        assert abs(evaluation.frontier(dtm.exact_tilt(evaluation.rho_0, r, a))) < 1e-9
+    tilts = [dtm.exact_tilt(evaluation.rho_0, r, a) for a in torch.linspace(-20, 40, 6001).tolist()]
+    costs = [lab.kl(p, evaluation.rho_0) for p in tilts]
     for size in (0.5, 3.0):
         noise = size * torch.randn(len(r), generator=g)
-        rho = (judge.rho_0.log() + 2 * r + noise).softmax(0)
-        cost, found = lab.kl(rho, judge.rho_0), judge.frontier(rho)
+        rho = (evaluation.rho_0.log() + 2 * r + noise).softmax(0)
+        cost, found = lab.kl(rho, evaluation.rho_0), evaluation.frontier(rho)
         assert found > 0
         assert found == pytest.approx(min(lab.kl(rho, p) for p in tilts), rel=1e-3)
         same = min(tilts, key=lambda p, rho=rho: abs(p @ r - rho @ r))  # the tilt of this reward
-        assert found == pytest.approx(cost - lab.kl(same, judge.rho_0), rel=1e-2)
+        assert found == pytest.approx(cost - lab.kl(same, evaluation.rho_0), rel=1e-2)
         affordable = [p @ r for p, c in zip(tilts, costs, strict=True) if c <= cost]
-        assert max(affordable) > rho @ r  # nobody is above the frontier
+        assert max(affordable) > rho @ r  # no distribution is above the frontier
 
 
 def test_both_directions_are_measured_against_the_end():
-    judge, other = judge_with_frontier(base_net(), 6.0), lab.tabulate(base_net(1), SMALL.L)
-    found, end = judge.measure(other, 1.0), judge.measure(other, 6.0)
-    rho, goal = lab.law(other), dtm.exact_tilt(judge.rho_0, judge.r, 6.0)
+    evaluation, other = frontier_evaluation(base_net(), 6.0), lab.tabulate(base_net(1), SMALL.L)
+    found, end = evaluation.measure(other, 1.0), evaluation.measure(other, 6.0)
+    rho, goal = lab.path_distribution(other), dtm.exact_tilt(evaluation.rho_0, evaluation.r, 6.0)
     assert found["kl_end"] == pytest.approx(end["kl"]) != pytest.approx(found["kl"], rel=1e-2)
     assert found["kl_reverse"] == pytest.approx((rho * (rho / goal).log()).sum().item())
     # The objective of regularised RL, E r - KL / A, is the reverse KL up to a constant.
-    log_z = (judge.rho_0 * (6.0 * judge.r.double()).exp()).sum().log().item()
+    log_z = (evaluation.rho_0 * (6.0 * evaluation.r.double()).exp()).sum().log().item()
     objective = found["reward"] - found["kl_base"] / 6.0
     assert objective == pytest.approx((log_z - found["kl_reverse"]) / 6.0)
 
 
 def row_of(method, cfg, seed, monkeypatch):
     monkeypatch.setattr(lab, "make_maze", lambda cfg, seed: SMALL)
-    return rivals.run_method(cfg, method, {"seed": seed, "net": base_net()}, "cpu")
+    return compare.run_method(cfg, method, {"seed": seed, "net": base_net()}, "cpu")
 
 
 def run_method(method, cfg, seed, monkeypatch):
@@ -70,12 +72,10 @@ def test_every_method_repeats_itself_and_spends_its_budget(method, monkeypatch):
     trace = run_method(method, CFG, 0, monkeypatch)
     torch.rand(7)  # what others draw from the global generator must not matter
     assert trace == run_method(method, CFG, 0, monkeypatch)
-    assert trace != run_method(method, CFG, 1, monkeypatch)
-    assert method.closed or trace[-1]["a"] == pytest.approx(CFG.a_end)
+    assert method.closed_loop or trace[-1]["a"] == pytest.approx(CFG.a_end)
 
-    allowed = rivals.budget(CFG, SMALL.L)
-    exact = method.objective in ("trafl_exact", "exact_reinforce")
-    states = 2**SMALL.L if exact else 6  # of a path in a step, at most
+    allowed = compare.budget(CFG, SMALL.L)
+    states = 2**SMALL.L if method.exact else 6  # of a path in a step, at most
     spent = [record["evaluations"] for record in trace]
     assert spent == sorted(spent)
     assert allowed <= spent[-1] <= allowed + 5 * CFG.batch * states  # one step more, at most
@@ -90,7 +90,7 @@ def test_the_budget_is_what_c_dtm_spends(monkeypatch):
         if isinstance(module, lab.MazeNet | dtm.Table) and not listing:
             spent += len(args[0]) * (3 if logits.requires_grad else 1)
 
-    listing = False  # tabulating a net, and the judge's look-ups, are not the method's
+    listing = False  # making a table is not part of the method
     plain = lab.tabulate
 
     def tabulate(net, length):
@@ -105,15 +105,16 @@ def test_the_budget_is_what_c_dtm_spends(monkeypatch):
     schedule = lab.PlannedSteps([16.0, 16.0])
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        for _ in lab.tilt(base, SMALL, replace(lab.LEARNED, phases=2), CFG, schedule, 0):
+        arm = replace(lab.LEARNED, phases=2)
+        for _ in lab.tilt(base, SMALL, arm=arm, cfg=CFG, choose_h=schedule, seed=0):
             pass
     finally:
         hook.remove()
-    assert spent == rivals.budget(CFG, SMALL.L)
+    assert spent == compare.budget(CFG, SMALL.L)
 
 
 def test_a_meter_counts_three_for_a_pass_forward_and_back():
-    meter, xt = rivals.Meter(), torch.full((5, SMALL.L), lab.MASK)
+    meter, xt = compare.Meter(), torch.full((5, SMALL.L), lab.MASK)
     net = meter.watch(base_net())
     net(xt)
     assert meter.spent == 3 * 5
@@ -131,13 +132,13 @@ def test_a_learned_c_pays_for_its_net():
     attention, forward = 4 * d**2, 8 * d**2
     student = SMALL.L * (CFG.layers * (attention + forward) + d * lab.V)
     cfg = replace(CFG, steps=1000)
-    steps = rivals.affordable_steps(cfg, lab.LEARNED, base_net(), SMALL.L)
+    steps = compare.affordable_steps(cfg, lab.LEARNED, base_net(), SMALL.L)
     assert steps * (4 + 3 * small / student) <= 4000 < (steps + 1) * (4 + 3 * small / student)
-    assert rivals.affordable_steps(cfg, lab.C_1, base_net(), SMALL.L) == 1000
+    assert compare.affordable_steps(cfg, lab.C_1, base_net(), SMALL.L) == 1000
 
 
 def test_a_distance_to_the_target_is_for_methods_that_have_one(monkeypatch):
-    by_name = {method.name: replace(method, rounds=4) for method in rivals.METHODS}
+    by_name = {method.name: replace(method, rounds=4) for method in compare.METHODS}
     shown = [by_name[name] for name in ("ELBO-REINFORCE", "SPG", "JustGRPO")]
     rows = [row_of(method, CFG, 0, monkeypatch) for method in shown]
     assert rows[0]["target_kl"] == rows[0]["kl_end"]
@@ -145,66 +146,66 @@ def test_a_distance_to_the_target_is_for_methods_that_have_one(monkeypatch):
     assert all("target_kl" not in row and "target_kl_reverse" not in row for row in rows[1:])
 
     arms = [{"name": row["arm"]} for row in rows]
-    result = rivals.with_other_order({"rows": rows, "arms": arms, "seeds": [0]})
+    result = compare.with_other_order({"rows": rows, "arms": arms})
     names = [row["arm"] for row in result["rows"]]
     assert names == ["ELBO-REINFORCE", "SPG", "JustGRPO", "JustGRPO, its order"]
-    table = lab.format_table(result, rivals.COLUMNS).splitlines()
-    assert [line.split().count("-") >= 2 for line in table[2:]] == [False, True, True, True]
+    table = lab.format_table(result, compare.COLUMNS).splitlines()
+    assert [line.split().count("-") >= 2 for line in table[1:-1]] == [False, True, True, True]
 
 
 def test_a_closed_loop_asks_for_what_is_left():
     """Rewards of 0 and 1: after a tilt of s the odds are e^s times as large."""
-    before = torch.cat([torch.zeros(5000), torch.ones(5000)])
+    before = torch.cat([torch.zeros(5000), torch.ones(5000)]).double()
     odds = math.exp(0.7)
     ones = round(10_000 * odds / (1 + odds))
-    now = torch.cat([torch.zeros(10_000 - ones), torch.ones(ones)])
-    assert closed_loop.way_come(before, now, h=1.0) == pytest.approx(0.7, abs=1e-3)
-    assert closed_loop.way_come(before[::500], now[::500], h=1.0) == 1.0  # too few to tell
+    now = torch.cat([torch.zeros(10_000 - ones), torch.ones(ones)]).double()
+    assert compare.step_reached(before, now, h=1.0) == pytest.approx(0.7, abs=1e-3)
+    assert compare.step_reached(before[::500], now[::500], h=1.0) == 1.0  # too few to tell
 
-    schedule = rivals.ClosedLoop(a_end=4.0, phases=4)
+    schedule = compare.ClosedLoop(a_end=4.0, phases=4)
     assert schedule(0.0, before) == 1.0
     assert schedule(1.0, now) == pytest.approx((4.0 - 0.7) / 3, abs=1e-3)
 
 
 def test_the_frontier_is_read_where_the_reward_passes():
     looks = [{"reward": 0.5, "frontier": 0.1}, {"reward": 1.0, "frontier": 0.6}]
-    assert rivals.frontier_at(0.9, looks) == pytest.approx(0.5)
-    assert rivals.frontier_at(0.9, looks[:1]) is None
+    assert frontier_at(0.9, looks) == pytest.approx(0.5)
+    assert frontier_at(0.9, looks[:1]) is None
 
 
-def test_a_stopped_table_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_stopped_table_resumes_with_the_missing_rows(tmp_path, monkeypatch):
     made = []
 
     def run_method(cfg, method, base, device):
         made.append(method.name)
         return {"arm": method.name, "seed": base["seed"]}
 
-    monkeypatch.setattr(rivals, "run_method", run_method)
-    for method in (*rivals.METHODS[:2], *rivals.METHODS[:3]):
-        row = rivals.kept(tmp_path, CFG, method, {"seed": 0}, "cpu")
+    monkeypatch.setattr(compare, "run_method", run_method)
+    for method in (*compare.METHODS[:2], *compare.METHODS):
+        row = compare.row_once(tmp_path, CFG, method, {"seed": 0}, "cpu")
         assert row == {"arm": method.name, "seed": 0}
-    assert made == [method.name for method in rivals.METHODS[:3]]
-    rivals.kept(tmp_path, replace(CFG, steps=1), rivals.METHODS[0], {"seed": 0}, "cpu")
-    assert len(made) == 4  # other settings, another row
+    assert made == [method.name for method in compare.METHODS]
 
 
 def test_wd1s_reference_is_a_geometric_mixture():
     student, base = base_net(0), base_net(1)
     xt = torch.full((1, SMALL.L), lab.MASK)
-    mixed = rivals.mixture(student, base, 0.25)(xt).softmax(-1)
+    mixed = compare.mixture(student, base, 0.25)(xt).softmax(-1)
     product = student(xt).softmax(-1) ** 0.75 * base(xt).softmax(-1) ** 0.25
     torch.testing.assert_close(mixed, product / product.sum(-1, keepdim=True))
 
 
 def test_exact_reinforce_approaches_the_tilt(monkeypatch):
     cfg = replace(CFG, a_end=4.0, steps=300, rollouts=3000)
-    method = rivals.Method("x", 3e-3, objective="exact_reinforce", rounds=20)
+    method = compare.Method("x", 3e-3, exact_reinforce, rounds=20)
     base = lab.tabulate(base_net(), SMALL.L)
-    before = judge_with_frontier(base_net(), 4.0).measure(base, 4.0)
+    before = frontier_evaluation(base_net(), 4.0).measure(base, 4.0)
     end = run_method(method, cfg, 0, monkeypatch)[-1]
     assert end["kl"] < 0.5 * before["kl"] and end["reward"] > before["reward"] + 0.1
 
 
-def test_too_few_rollouts_for_the_rounds(tmp_path):
-    ran = command("-m", "figures.rivals", "--rollouts", "100", "--out", tmp_path)
-    assert ran.returncode == 2 and "rounds" in ran.stderr.splitlines()[-1]
+def test_a_method_that_does_not_exist_is_refused_with_the_names(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.main(["--only", "DMPO u", "--out", str(tmp_path)])
+    refusal = capsys.readouterr().err
+    assert "--only DMPO u" in refusal and "DMPO, u;" in refusal

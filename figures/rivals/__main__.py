@@ -1,0 +1,3 @@
+from figures.rivals.compare import main
+
+main()
