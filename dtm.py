@@ -33,8 +33,8 @@ w, Z            the weight e^{h r(x1)} of a sequence; its mean Z = E_a[w]; Z(xt)
 c               the weight of the control variate c (pi_a - e), a number or one per position
 T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                (D3)
 
-The equations are numbered (D1) to (D12) here; (D10) stands in figures/objectives.py. Prop 3.3 is
-the paper's number. "Ours" marks what we added to the paper's method.
+The equations are numbered (D1) to (D12) here; (D10) stands in figures/rivals/objectives.py. Prop
+3.3 is the paper's number. "Ours" marks what we added to the paper's method.
 
 THE ALGORITHM, which `tilt_matching` runs below
 1. The student is the base model, and the tilt a is 0.
@@ -687,7 +687,7 @@ def main() -> None:
     print_all_states()
 
 
-def one_position(pi_a: list[float], w: list[float], c: float) -> tuple:
+def one_position(pi_a: list[float], w: list[float], c: float) -> dict:
     """Return the mean target, the mean gradient, its variance and the best c for one position.
 
     pi_a and w hold a number for each token. The gradient is that of (D3) with respect to the logits
@@ -709,7 +709,8 @@ def one_position(pi_a: list[float], w: list[float], c: float) -> tuple:
         top += pi_a[token] * q * w[token]
         bottom += pi_a[token] * q
     variance = mean_square - sum(g**2 for g in mean_gradient)
-    return mean_target, mean_gradient, variance, top / bottom  # (D7) with y = w
+    best_c = top / bottom  # (D7), where y = w
+    return {"target": mean_target, "mean": mean_gradient, "variance": variance, "best_c": best_c}
 
 
 def print_one_position() -> None:
@@ -732,17 +733,14 @@ def print_one_position() -> None:
     for token, letter in enumerate("ABCDE"):
         target = [pi_a[v] + (w[token] - 1) * (v == token) for v in range(5)]
         line(f"{letter} (probability {pi_a[token]:g})", target)
-    best = one_position(pi_a, w, c=1.0)[3]
-    line("mean target", one_position(pi_a, w, c=1.0)[0], "    = Z times the tilted posterior")
+    at_1 = one_position(pi_a, w, c=1.0)
+    line("mean target", at_1["target"], "    = Z times the tilted posterior")
     print("The gradient at the teacher: its mean and, last, its variance (a sum over v), for ...")
-    for c, name in (
-        (0.0, "c = 0"),
-        (0.5, "c = 0.5"),
-        (1.0, "c = 1"),
-        (best, f"best c = {best:.3f}"),
-    ):
-        _, mean, variance, _ = one_position(pi_a, w, c)
-        line(name, mean, f"{variance:12.3f}")
+    names = {"c = 0": 0.0, "c = 0.5": 0.5, "c = 1": 1.0}
+    names[f"best c = {at_1['best_c']:.3f}"] = at_1["best_c"]
+    for name, c in names.items():
+        at_c = one_position(pi_a, w, c)
+        line(name, at_c["mean"], f"{at_c['variance']:12.3f}")
 
 
 class Enumeration:

@@ -53,9 +53,10 @@ def test_D3_the_plain_loops_agree_with_autograd(c):
     best = dtm.best_scalar_c(logits, logits, torch.arange(5), w, share=pi_a.sqrt())
 
     looped = dtm.one_position(pi_a.tolist(), w.tolist(), c)
-    close(torch.tensor(looped[0]).double(), pi_a * w, atol=1e-7)
-    close(torch.tensor(looped[1]).double(), mean, atol=1e-7)
-    assert looped[2] == pytest.approx(variance.item()) and looped[3] == pytest.approx(best.item())
+    close(torch.tensor(looped["target"]).double(), pi_a * w, atol=1e-7)
+    close(torch.tensor(looped["mean"]).double(), mean, atol=1e-7)
+    assert looped["variance"] == pytest.approx(variance.item())
+    assert looped["best_c"] == pytest.approx(best.item())
 
 
 def test_D3_the_mean_gradient_does_not_move_with_c_and_the_best_c_has_the_least_variance(printed):
