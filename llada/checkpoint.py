@@ -128,12 +128,19 @@ def save_checkpoint(
         found = len([*temporary.glob("rank*.safetensors")])
         advice = "all nodes must see one shared --out folder"
         check(found == ranks.size, f"{temporary} holds {found} of {ranks.size} ranks; {advice}")
-        if folder.exists():  # the run was stopped twice in the rollouts of one step
-            shutil.rmtree(folder)
+        # A folder loses its name before it is deleted, which may take long: no process that is
+        # killed meanwhile leaves half a checkpoint under the name of a complete one.
+        outdated = [unnamed(folder)] if folder.exists() else []  # a second stop in the same step
         temporary.replace(folder)
-        for old in checkpoints(run)[:-KEPT]:
+        outdated += [unnamed(old) for old in checkpoints(run)[:-KEPT]]
+        for old in outdated:
             shutil.rmtree(old)
     ranks.barrier()  # no rank leaves before the checkpoint is complete
+
+
+def unnamed(folder: Path) -> Path:
+    """Rename a checkpoint so that it is none any more, and return the new name."""
+    return folder.replace(folder.with_name(f".half-{folder.name}-outdated"))
 
 
 def load_checkpoint(run: Path, ranks: Ranks) -> tuple[State, dict, dict, dict] | None:
@@ -142,7 +149,7 @@ def load_checkpoint(run: Path, ranks: Ranks) -> tuple[State, dict, dict, dict] |
     None if there is no checkpoint yet. ValueError names a damaged file, and says that after its
     folder is deleted the previous checkpoint is used.
     """
-    if ranks.rank == 0:  # what a process left that was killed while it saved
+    if ranks.rank == 0:  # what a process left that was killed while it saved or deleted
         for half in run.glob(".half-step-*"):
             shutil.rmtree(half)
     ranks.barrier()
