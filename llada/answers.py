@@ -5,8 +5,8 @@ of its own, so that an answer like 9^9^9^9 can be stopped: after three seconds i
 This file imports neither torch nor the rest of the project, so that the process starts fast.
 
 What math-verify gets wrong is not repaired here. It accepts 1/3^41 for 1/3^40, because it compares
-numbers to 15 decimal places; 10 km for 10 m, because it drops units; and 101_3 for 101_2, because
-it drops bases. It refuses 2:3 for 2/3. It reads 2(3) as a mixed number, 2 + 3.
+numbers to 15 decimal places; 10 km for 10 m, because it drops units; 101_3 for 101_2, because it
+drops bases; and 2:3 for 2/3. It reads 2(3) as the mixed number 2 + 3.
 """
 
 import atexit
@@ -62,11 +62,12 @@ def last_box(text: str, or_open: bool = False) -> str | None:
     closing = closing_braces(text)
     contents = []
     next_box = len(text)
-    for box in reversed([*BOX.finditer(text)]):
+    boxes = [*BOX.finditer(text)]
+    for box in reversed(boxes):
         end = closing.get(box.end() - 1)
         if end is None:
-            rest = REST_OF_LINE.match(text, box.end())[0].strip()
-            if or_open and rest and not contents:
+            rest = REST_OF_LINE.match(text, box.end())[0].strip() if box is boxes[-1] else ""
+            if or_open and rest:
                 return rest
         elif contents and not re.fullmatch(BETWEEN_BOXES, text[end + 1 : next_box]):
             break

@@ -1,111 +1,63 @@
-"""Which answers are right, and what they earn."""
+"""Where an answer is found, which answers are equal, and the process that compares them."""
 
+import os
 import re
+import signal
+import subprocess
+import sys
+import threading
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from figures import answers
-from llada_finetune import TASKS
+from llada import answers
+from llada.answers import answers_match, extract, final_answer, last_box
 
-GRID = "1234341221434321"
-OTHER = "3214143221434321"  # differs from GRID in cells 0, 2, 4 and 6
-ONE_SOLUTION = {"puzzle": "0234341221434320", "solution": GRID}
-TWO_SOLUTIONS = {"puzzle": "0204040221434321", "solution": GRID}
-ROWS = {
-    "countdown": {"numbers": [2, 3, 4], "target": 5},
-    "gsm8k": {"question": "What?", "answer": "6 x 7\n#### 42"},
-    "sudoku": ONE_SOLUTION,
-    "math": {"question": "What?", "answer": r"$\boxed{41}$, no, $\boxed{42}$."},
-}
-RIGHT = {"countdown": "2*4-3", "gsm8k": "42", "sudoku": GRID, "math": "42"}
-WRONG = {"countdown": "2+3", "gsm8k": "41", "sudoku": OTHER, "math": "41"}
-NAMES = [*ROWS]
+ROOT = Path(answers.__file__).resolve().parents[1]
 
 
-def tag(answer):
-    return f"<answer>{answer}</answer>"
+@pytest.fixture(scope="module")
+def worker():
+    """A worker of these tests, whose questions may take two seconds."""
+    worker = answers.Worker()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "SECONDS", 2)
+        yield worker
+    worker.stop()
 
 
-def boxed(answer):
-    return rf"\boxed{{{answer}}}"
-
-
-def form(answer):
-    return f"<reasoning>\nfirst\nsecond\n</reasoning>\n<answer>\n{answer}\n</answer>"
-
-
-def fuzz(examples, **texts):
-    return lambda test: settings(
-        max_examples=examples, derandomize=True, deadline=None, database=None
-    )(given(**texts)(test))
-
-
-def pieces(most, some):
-    return st.lists(st.sampled_from(some), max_size=most).map("".join)
-
-
-# ---- where the answer is -------------------------------------------------------------------------
-PLACES = [  # R and W stand for a right and a wrong answer; whether the reward, the metric sees R
-    pytest.param("<answer>R</answer>", True, True, id="tags"),
-    pytest.param("<answer>\nR\n</answer>", True, True, id="tags on lines of their own"),
-    pytest.param(r"<answer>so \boxed{R} it is</answer>", True, True, id="box in tags"),
-    pytest.param(r"<answer>\boxed{W}, no, \boxed {R}</answer>", True, True, id="last box in tags"),
-    pytest.param("<answer>W</answer><answer>R</answer>", True, True, id="last tags"),
-    pytest.param("<answer>R</answer></answer>", True, True, id="closed twice"),
-    pytest.param("<answer>R</answer><answer>W", True, True, id="whole before open"),
-    pytest.param("<answer><answer>R</answer>", True, True, id="opened twice"),
-    pytest.param("</answer><answer>R</answer>", True, True, id="closed before"),
-    pytest.param(r"\boxed{W}<answer>R</answer>\boxed{W}", True, True, id="boxes outside"),
-    pytest.param("<answer>W</answer>", False, False, id="wrong"),
-    pytest.param("<answer>R</answer><answer>W</answer>", False, False, id="last is wrong"),
-    pytest.param(r"<answer>\boxed{R}\boxed{W}</answer>", False, False, id="last box is wrong"),
-    pytest.param(r"<answer>W</answer>\boxed{R}", False, False, id="tags before boxes"),
-    pytest.param("</answer>R<answer>", False, False, id="tags the wrong way round"),
-    pytest.param("R", False, False, id="no sign of an answer"),
-    pytest.param("", False, False, id="nothing"),
-    pytest.param("so\n</reasoning>\n<answer>\nR", False, True, id="tags never closed"),
-    pytest.param("<answer>\n\\boxed{R\n</answer>", False, True, id="box never closed in tags"),
-    pytest.param("<answer>\n\\boxed{R", False, True, id="neither closed"),
-    pytest.param("<answer>\nboxed{R}\n</answer>", False, True, id="box without its backslash"),
-    pytest.param("so\n</reasoning>\nR", False, True, id="after the reasoning"),
+# ---- Finding the answer --------------------------------------------------------------------------
+FOUND = [  # a text, and the answer that the metric sees
+    (r"so \boxed 30.", "30."),
+    (r"so \boxed{}30 </reasoning> <answer>\boxed{}31</answer>", "31"),
+    ("<answer>\n</answer> \\boxed{5}", "5"),
+    (r"so it is \boxed{225>", "225"),
+    (r"so \fbox{5}", "5"),
+    ("<answer>\nboxed{5}\n</answer>", "5"),
+    (f"<answer>{'first ' * 60}</answer>" + r"\boxed{7}", "7"),
+    (r"So \boxed{5}. Wait, it is \boxed{7", "7"),
+    (r"<answer>\boxed{5}, no, \boxed{7</answer>", "7"),
+    (r"so \boxed{18}. Thus \boxed{", "18"),
+    (r"$\boxed{3}$ and $\boxed{5}$.", "3, 5"),
+    (r"\boxed{1}, \boxed{3} \text{ or } \boxed{5}", "1, 3, 5"),
+    (r"\boxed{3}. It is \boxed{5}", "5"),
+    ("The answer is 72.", "72."),
+    ("48/2 = 24\n#### 72", "72"),
+    ("**Answer:** 4", "4"),
+    ("</reasoning>\n<answer>\n18\n<answer>", "18"),
+    ("<answer>18</answer", "18"),
+    ("<answer>x<y", "x<y"),
+    ("it is 72", None),
+    ("", None),
 ]
 
 
-@pytest.mark.parametrize("task", NAMES)
-@pytest.mark.parametrize("text, rewarded, correct", PLACES)
-def test_the_last_whole_answer_counts_in_it_the_last_box_and_the_metric_looks_further(
-    task, text, rewarded, correct
-):
-    row = ROWS[task]
-    text = text.replace("R", RIGHT[task]).replace("W", WRONG[task])
-    assert TASKS[task].correct(text, row) is correct
-    if "boxed" not in text or rewarded or not correct:
-        best = 2.0 if task in ("gsm8k", "math") else TASKS[task].top
-        assert (TASKS[task].reward(text, row) >= best) is rewarded
-
-
-@pytest.mark.parametrize("task", NAMES)
-def test_a_box_anywhere_counts_for_the_metric_and_in_gsm8k_and_math_for_the_reward(task):
-    text = "It is " + boxed(RIGHT[task])
-    assert TASKS[task].correct(text, ROWS[task])
-    rewarded = TASKS[task].reward(text, ROWS[task]) >= 2
-    assert rewarded is (task in ("gsm8k", "math"))
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        pytest.param(r"so \boxed 30.", "30.", id="no braces"),
-        pytest.param(r"so \boxed{}30 </reasoning> <answer>\boxed{}31</answer>", "31", id="empty"),
-        pytest.param("<answer>\n</answer> \\boxed{5}", "5", id="blank tags before a box"),
-        pytest.param(r"so it is \boxed{225>", "225", id="closed by another sign"),
-        pytest.param(tag("first " * 60) + boxed(7), "7", id="working between the tags"),
-    ],
-)
-def test_final_answer(text, answer):
-    assert answers.final_answer(text) == answer
+@pytest.mark.parametrize("text, answer", FOUND)
+def test_the_metric_finds_an_answer_as_a_careful_reader_would(text, answer):
+    assert final_answer(text) == answer
 
 
 def slow_last_box(text):
@@ -127,215 +79,170 @@ def slow_last_box(text):
 TAGS = ["<answer>", "</answer>", r"\boxed{", r"\boxed {", "{", "}", "7", " x", "\n"]
 
 
-@fuzz(400, text=pieces(14, TAGS))
-def test_extract_by_other_means(text):
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@given(text=st.lists(st.sampled_from(TAGS), max_size=14).map("".join))
+def test_a_reward_sees_the_last_closed_answer_and_in_it_the_last_box(text):
     inside = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text, re.S)
     best = None
     if inside:
         box = slow_last_box(inside[-1])
         best = inside[-1].strip() if box is None else box
-    assert answers.last_box(text) == slow_last_box(text)
-    assert answers.extract(text) == best
-    assert answers.extract(text, box_anywhere=True) == (best if inside else slow_last_box(text))
+    assert last_box(text) == slow_last_box(text)
+    assert extract(text) == best
+    assert extract(text, box_anywhere=True) == (best if inside else slow_last_box(text))
 
 
-# ---- Countdown and Sudoku ------------------------------------------------------------------------
-NEST = "(" * 40 + "2*4-3" + ")" * 40
-DEEP = "(" * 2000 + "2*4-3" + ")" * 2000
-COUNTDOWN = [  # target, numbers, right expressions, wrong ones
-    (5, [2, 3, 4], [r"$2\times4-3$", r"\left(2 \cdot 4\right) − 3", "2×4-3 = 5", NEST], []),
-    (5, [2, 3, 4], [r"\boxed{2*4-3}=5", "-(3-4*2)", "2*4-3.", r"\(2*4-3\)", r"\[ 4*2-3 \]"], []),
-    (5, [2, 3, 4], [], ["5", "= 5", "5 = 2*4-3", "2+3", "2+3+4", "2*4-3+2-2", "23-4", "02*4-3"]),
-    (5, [2, 3, 4], [], ["2.0*4-3", "٢*٤-٣", "\uff12*4-3", "2*4-3;", "2*4-3 # 9", "{2*4}-3"]),
-    (5, [2, 3, 4], [], ["(2)(3)(4)", "2/(4-4)-3", "__import__('os')", "9**" * 20 + "9", DEEP]),
-    (8, [2, 3], [], ["2**3", "9" * 2000, ""]),
-    (24, [3, 8, 8, 3], ["8/(3-8/3)", r"\frac{8}{3-8/3}"], ["3*8"]),
-    (1, [1, 3, 3], [r"1*3\div3", r"1*\frac{3}{3}", "3÷3*1"], []),
-    (2, [5, 2], [], ["5//2", "5/2"]),
-]
-
-
-@pytest.mark.parametrize("target, numbers, right, wrong", COUNTDOWN)
-def test_countdown_expressions(target, numbers, right, wrong):
-    task = TASKS["countdown"]
-    row = {"numbers": numbers, "target": target}
-    for expression in right + wrong:
-        text = tag(expression)
-        assert task.correct(text, row) is (expression in right), expression
-        assert task.reward(text, row) == (1.0 if expression in right else 0.1), expression
-
-
-SUDOKU = [  # an answer, its row, right cells, whether it solves
-    pytest.param(GRID, ONE_SOLUTION, 2, True, id="right"),
-    pytest.param("1234\n3412\n2143\n4321", ONE_SOLUTION, 2, True, id="in four lines"),
-    pytest.param("1 |2" + GRID[2:], ONE_SOLUTION, 2, True, id="with bars"),
-    pytest.param("19" + GRID[2:], ONE_SOLUTION, 2, False, id="a clue overwritten"),
-    pytest.param("9" + GRID[1:], ONE_SOLUTION, 1, False, id="no digit of the game"),
-    pytest.param(GRID[:15], ONE_SOLUTION, 1, False, id="too short"),
-    pytest.param(GRID + "99", ONE_SOLUTION, 2, True, id="too long"),
-    pytest.param("4x4: " + GRID, ONE_SOLUTION, 0, False, id="digits before"),
-    pytest.param(OTHER, ONE_SOLUTION, 1, False, id="another grid"),
-    pytest.param(OTHER, TWO_SOLUTIONS, 0, True, id="the other solution"),
-    pytest.param(GRID, TWO_SOLUTIONS, 4, True, id="the stored solution"),
-    pytest.param("\uff11" + GRID[1:], ONE_SOLUTION, 0, False, id="a wide digit"),
-]
-
-
-@pytest.mark.parametrize("answer, row, right, solved", SUDOKU)
-def test_sudoku_cells_against_the_solution_but_any_grid_on_the_clues_solves(
-    answer, row, right, solved
-):
-    task = TASKS["sudoku"]
-    empty = row["puzzle"].count("0")
-    for text in (tag(answer), "<answer>" + tag(answer)):
-        assert task.correct(text, row) is solved
-        assert task.cells(text, row) == (right, empty)
-        assert task.reward(text, row) == 2 * right / empty
-    full = {"puzzle": GRID, "solution": GRID}
-    assert task.reward(tag(answer), full) == 2 * (re.sub("[^0-9]", "", answer)[:16] == GRID)
-
-
-# ---- numbers and expressions ---------------------------------------------------------------------
+# ---- Comparing answers ---------------------------------------------------------------------------
 VECTOR = r"\begin{pmatrix} %s \\ %s \end{pmatrix}"
-MATH = [  # the right answer, ways to say it, answers that are not it
-    pytest.param("5", ["x = 5", "f(3)=5", "2+3=5", "5.", "$5$", r"\(5\)", r"\[ 5 \]"], [], id="5"),
-    pytest.param("5", [], ["2+2=5", "1=5", "5=6", "x=6", "x>5", "-5/0", "--6"], id="equations"),
-    pytest.param("5", [], ["4 or 5", "5, 6", r"5 \text{ and } 6", r"\{5,6\}"], id="several"),
-    pytest.param("5", [], ["about 5", "5?", r"5\ldots", "5x", "5 x", "five", "1 5", ""], id="no"),
-    pytest.param("5", ["5 m", "5 eggs", r"5\text{ km}", r"5^\circ", "5°", r"\$5"], [], id="unit"),
-    pytest.param("72", [], ["72 dozen", "6 dozen", "72 thousand", "72 squared"], id="scale"),
-    pytest.param(r"10\text{ m}", ["10", "10 meters", "10 m"], [r"10\text{ km}", "10 s"], id="m"),
-    pytest.param(r"15\mbox{ cm}^2", ["15 square cm", "15"], ["15 cm", "15 cm^3"], id="area"),
-    pytest.param(r"\$18.90", ["18.9", r"\$18.9", "18.9 dollars"], ["18.9 cents", "18"], id="money"),
-    pytest.param("5", ["5.0"], [r"5\%", "5 percent"], id="no percent"),
-    pytest.param(r"\frac12", ["0.5", r"50\%", ".5", "1/2"], [r"0.5\%", "-0.5", "0.51"], id="half"),
-    pytest.param(r"50\%", ["50", "50%", "50 percent"], ["0.5", r"\$50"], id="percent"),
-    pytest.param("101_2", ["101_{2}", "101_2"], ["101_3", "101_{10}", "5", "110_2"], id="base"),
-    pytest.param("5", [], ["101_2", "5_7"], id="no base"),
-    pytest.param("1000", [r"1\,000", r"1,\!000", "1{,}000", "$1,000"], [r"1\,00"], id="1000"),
-    pytest.param("27", ["The final answer is: $27$."], ["The answer is 27 or 28"], id="sentence"),
-    pytest.param("2", [r"\log_2 4", r"\log_{2} 4", r"\log_2(4)"], [r"\log_4 2"], id="log"),
-    pytest.param("-5", ["−5", "-5", "-10/2"], ["5", "- -5"], id="minus"),
-    pytest.param(r"\frac{1}{3^{40}}", ["3^{-40}"], [r"\frac{1}{3^{41}}", "0"], id="tiny"),
-    pytest.param("2^{2006}+2^{2005}", [r"3\cdot2^{2005}"], ["2^{2006}", "2^{2006}+1"], id="large"),
-    pytest.param("10^{20}", [r"10^{10}\cdot10^{10}"], [r"\sqrt{10^{40}+1}"], id="root"),
-    pytest.param(r"\sqrt{8}", [r"2\sqrt{2}", r"2\sqrt2", "2.82842712475"], ["2.828"], id="sqrt8"),
-    pytest.param("1/3", ["0.3333333333", r"\frac13"], ["0.333333", "0.33"], id="third"),
-    pytest.param("1/6", ["0.166666667", r".1\overline6"], ["0.16667", r"0.\overline{1}"], id="1/6"),
-    pytest.param("0.25", ["1/4", ".25"], ["0.2500000001", "0.24999999999"], id="decimal"),
-    pytest.param(r"\pi", ["3.14159265359", r"\frac{2\pi}{2}"], ["3.14", "22/7", "3.1416"], id="pi"),
-    pytest.param("6", ["2(3)", "(2)(3)", r"2\cdot 3", "3!"], [r"\frac51\frac11"], id="no sum"),
-    pytest.param(r"\frac95", [r"1\frac{4}{5}", "1 4/5", "1.8"], ["1 4/5 x", "0 9/5"], id="mixed"),
-    pytest.param("-9/5", ["-1 4/5"], ["1 4/5", "-0 9/5", "- 4/5"], id="mixed and negative"),
-    pytest.param("(1,2)", ["( 1,2 )", r"\left(1, 2\right)"], ["(2,1)", "[1,2]"], id="pair"),
-    pytest.param("[1,2)", ["[1, 2)"], ["(1,2)", "[1,2]", "[2,1)"], id="interval"),
-    pytest.param("1,-2", ["-2, 1", r"\{1,-2\}", "1 and -2", "x=1, x=-2"], ["1", "1,2"], id="list"),
-    pytest.param(r"1\pm\sqrt2", [r"1-\sqrt2, 1+\sqrt2"], [r"1+\sqrt2", r"\pm\sqrt2"], id="pm"),
-    pytest.param(r"(0,9)\cup(9,36)", [r"(9,36) \cup (0, 9)"], ["(0,36)", "(0,9)"], id="union"),
-    pytest.param(r"x\in[-2,7]", ["[-2,7]", r"-2\le x\le 7"], [r"-2 < x\le 7", "(-2,7)"], id="in"),
-    pytest.param("y=2x+3", ["2x+3", "3+2x=y", "y-2x=3"], ["x=2y+3", "y=2x"], id="a line"),
-    pytest.param("x=5", ["5", "2x=10"], ["y=5", "1=5", "x=4"], id="a name"),
-    pytest.param("x>5", ["5<x", "2x > 10"], ["x<5", r"x\ge5", "5>x"], id="inequality"),
-    pytest.param("(x+1)^2", ["x^2+2x+1"], ["x^2+1", "(x+1)^{999}"], id="polynomial"),
-    pytest.param("2k", ["k+k", "2 k"], ["2", "2m", "k^2"], id="variable"),
-    pytest.param("-2 + 7i", ["7i - 2"], ["7i+2", "-2"], id="complex"),
-    pytest.param(r"\text{(B)}", ["B", "(B)", r"\text{B}"], ["C", "(C)", "A, B"], id="choice"),
-    pytest.param(r"\text{even}", ["even", "Even"], ["odd", "not even"], id="word"),
-    pytest.param(VECTOR % (1, 2), [VECTOR % (1, r"\frac42")], [VECTOR % (2, 1)], id="vector"),
-    pytest.param(r"\boxed{4}, no, $\boxed{1{,}235}$.", ["1235"], ["4", "4, 1235"], id="solution"),
-    pytest.param("5", [], ["7^{7^{9}}", r"\binom{8000}{4000}", "99999!", "5" * 301], id="giants"),
-    pytest.param("5", [], ["9^{99999}", "(((9^{99})^{99})^{99})^{99}", "9!!!"], id="towers"),
-    pytest.param("9", ["(((9)))"], ["(" * 9 + "8" + ")" * 9, "9" * 250 + "^{99999}"], id="nests"),
-    pytest.param("x^{99}+x^9+9x", ["x^{99}+x^{9}+9x"], ["x^{99}"], id="many powers"),
+BOLD = [r"\mathbf{6}", r"\textbf{6}", r"\bm{6}", r"\underline{6}", "**6**", "**6.**", "6."]
+SIX = [r"6\text{ cm}^2", "6 sq. ft.", "6^{\\text{th}}", "6th", "6°", r"6^\circ", r"\text{6 eggs}"]
+SIX += ["x = 6", "2+4=6", "$6$", r"\(6\)", "Therefore $n = 6$ is the smallest.", "m+n = 6"]
+VERDICTS = [  # the right answer, other ways to write it, answers that are not it
+    ("6", BOLD + SIX, ["6 dozen", "6 thousand", "6 or 7", "60", "6x", "-6", "six", ""]),
+    ("385000", [r"385\,000", "385,000", "385{,}000", r"\$385,000", "385,000 people"], ["385"]),
+    ("45", ["45 fairies", r"45\text{ fairies}", "45 were there"], ["4 5", "45 squared"]),
+    ("3/4", ["3/4 of a cup", r"\frac{3}{4} cups", ".75 cups", r"\frac34"], ["4/3"]),
+    ("1.5", ["1 1/2 cups", r"1\frac12", "3/2", r"\frac{6}{4}"], ["11/2"]),
+    ("60", ["60%", r"60\%", "60 percent", r"60\text{ percent}", "60 pct"], ["0.6", "61%"]),
+    ("12.5", ["12.5%", "25/2"], ["12.5 million"]),
+    (r"\frac12", ["0.5", r"50\%", "½", "1/2"], ["2", "0.51"]),
+    (r"so \boxed{4}, no, $\boxed{1{,}235}$.", ["1235"], ["4", "4, 1235"]),
+    (r"so it is \boxed 30.", ["30"], ["3"]),
+    ("6 x 7\n#### 42", ["42", "42 eggs"], ["7"]),
+    ("0,245", ["0, 245"], ["245"]),
+    ("0.000012", ["1.2e-5", r"1.2 \times 10^{-5}"], ["1.2e5"]),
+    (r"\sqrt{8}", [r"2\sqrt{2}", "2√2", "2*sqrt(2)", r"2\sqrt(2)", "8^(1/2)", "2^{3/2}"], ["8"]),
+    (r"2\sqrt{2}", [r"\sqrt{8} \approx 2.83", "√8"], ["2.8"]),
+    (r"\sqrt{\frac23}", [r"\sqrt\frac{2}{3}", r"\sqrt\dfrac23"], [r"\frac23"]),
+    (r"\frac14", ["0.25"], [r"\sin^{-1}(\frac{1}{4})", r"\vec{v}\frac{1}{4}"]),
+    (r"\sqrt[3]{54}", [r"3\sqrt[3]{2}"], [r"\sqrt{54}"]),
+    ("x^2+x", ["x²+x", "x(x+1)", "f(x) = x^2+x"], ["x^2"]),
+    (r"\sin^2(x)+1", [r"1+\sin^2 x", r"2-\cos^2(x)"], [r"\sin(x)+1"]),
+    ("(3,5)", ["(x,y) = (3,5)", r"\left(3, 5\right)"], ["(5,3)"]),
+    ("1,-2", ["-2, 1", r"\{1,-2\}", "1 and -2", "x=1 or x=-2"], ["1", "1,2"]),
+    (r"1\pm\sqrt2", [r"1-\sqrt2, 1+\sqrt2"], [r"1+\sqrt2"]),
+    (r"(2,\infty)", ["x > 2", "(2,∞)"], [r"x \ge 2"]),
+    (r"[-2,7]", [r"-2\le x\le 7", r"x\in[-2,7]"], ["(-2,7)"]),
+    (r"x \neq 3", [r"x \ne 3"], ["x = 3"]),
+    ("-2+7i", ["7i-2"], ["7i+2"]),
+    (r"\text{(B)}", ["B", "(B)", r"\text{B}"], ["C", "A, B"]),
+    (r"\text{east}", [r"\text{East}", "east"], ["west"]),
+    (VECTOR % (1, 2), [VECTOR % (1, r"\frac42")], [VECTOR % (2, 1)]),
 ]
 
 
-@pytest.mark.parametrize("gold, right, wrong", MATH)
-def test_math_answers(gold, right, wrong):
-    task = TASKS["math"]
-    row = {"question": "What?", "answer": gold}
-    for answer in right + wrong:
-        text = tag(answer)
-        assert task.correct(text, row) is (answer in right), answer
-        assert task.reward(text, row) == 2 * (answer in right) + 0.75, answer
+@pytest.mark.parametrize("gold, right, wrong", VERDICTS)
+def test_ways_to_write_an_answer_are_right_and_other_answers_wrong(gold, right, wrong):
+    assert [answer for answer in right if not answers_match(gold, answer)] == []
+    assert [answer for answer in wrong if answers_match(gold, answer)] == []
 
 
-THOUSANDS = ["1234", "1,234", "$ 1,234", r"\$1,234.00", "1234.", "01234", r"1234 \%", "1234 eggs"]
-NOT_THOUSANDS = ["١٢٣٤", "1 2 3 4", "12,34", "-1234", "123400", ""]
-GSM8K = [
-    pytest.param("Add.\n#### 1,234", THOUSANDS, NOT_THOUSANDS, id="thousands"),
-    pytest.param("#### -5", ["-5", "-$5", "-10/2", "-5%"], ["5", "-5/0"], id="negative"),
-    pytest.param("12", ["12", r"\frac{24}{2}"], ["1\n2", "1.2e1", "12 or 13"], id="no mark"),
-    pytest.param("15.5", ["31/2", "15.50"], ["3 1/2", "15", "15.500001"], id="decimal"),
-]
+@settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@given(
+    pair=st.tuples(*[st.integers(-(10**7), 10**7)] * 2),
+    same=st.booleans(),
+    form=st.sampled_from(
+        ["{}", "{}.", "{:,}", "${:,}$", "**{}**", "{} km", r"x = {}", r"\${:,}.00"]
+    ),
+)
+def test_integers_are_equal_as_integers_are(pair, same, form):
+    gold, answer = pair[0], pair[0 if same else 1]
+    assert answers_match(str(gold), form.format(answer)) == (gold == answer)
 
 
-@pytest.mark.parametrize("gold, right, wrong", GSM8K)
-def test_gsm8k_answers(gold, right, wrong):
-    task = TASKS["gsm8k"]
-    for answer in right + wrong:
-        assert task.correct(tag(answer), {"answer": gold}) is (answer in right), answer
-        reward = task.reward(tag(answer), {"answer": gold})
-        assert reward in ((2.0, 2.5) if answer in right else (0.0, 0.5)), answer
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+@given(top=st.integers(-60, 60), bottom=st.integers(1, 30), gold=st.integers(-60, 60))
+def test_fractions_are_equal_as_fractions_are(top, bottom, gold):
+    written = rf"\frac{{{top}}}{{{bottom}}}"
+    assert answers_match(f"{gold}/12", written) == (Fraction(top, bottom) == Fraction(gold, 12))
 
 
-def test_a_question_for_percents_takes_them_with_and_without_the_sign():
-    row = {"question": "What percent is it?", "answer": "28"}
-    assert TASKS["math"].correct(boxed(r"28\%"), row) and TASKS["math"].correct(boxed(28), row)
+def test_math_verify_accepts_what_the_docstring_of_the_module_says():
+    pairs = [(r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}"), (r"10\text{ m}", r"10\text{ km}")]
+    pairs += [("101_2", "101_3"), ("2/3", "2:3"), ("5", "2(3)")]
+    assert [pair for pair in pairs if not answers_match(*pair)] == []
 
 
-# ---- rewards -------------------------------------------------------------------------------------
-PARTS = [
-    pytest.param("gsm8k", form(42), 4, id="gsm8k all"),
-    pytest.param("gsm8k", f"\n{form(42)}\n", 4, id="gsm8k blank lines around"),
-    pytest.param("gsm8k", form(41), 2, id="gsm8k wrong number"),
-    pytest.param("gsm8k", form("x"), 1.5, id="gsm8k no number"),
-    pytest.param("gsm8k", form(42) + "\nabc", 3.497, id="gsm8k text after it"),
-    pytest.param("gsm8k", form(42)[:-9], 0.375, id="gsm8k not closed"),
-    pytest.param("gsm8k", boxed(42), 2, id="gsm8k box alone"),
-    pytest.param("gsm8k", "<reasoning>a\n</reasoning> " + tag(42), 3, id="gsm8k one line"),
-    pytest.param("gsm8k", form(42).replace("second", "<answer>"), 3.875, id="gsm8k extra tag"),
-    pytest.param("gsm8k", tag("\n42\n"), 2.75, id="gsm8k answer alone"),
-    pytest.param("gsm8k", "</answer> x", 0, id="gsm8k never negative"),
-    pytest.param("math", form(boxed(42)), 3, id="math all"),
-    pytest.param("math", form(42), 2.75, id="math no box"),
-    pytest.param("math", boxed(42), 2.5, id="math no tags"),
-    pytest.param("math", boxed(4), 0.5, id="math wrong box"),
-    pytest.param("math", "", 0.25, id="math nothing"),
-    pytest.param("countdown", "2*4-3", 0, id="countdown no tags"),
-    pytest.param("countdown", boxed("2*4-3"), 0, id="countdown box alone"),
-]
+# ---- The process ---------------------------------------------------------------------------------
+def test_threads_share_a_worker_and_a_killed_one_is_replaced(worker):
+    found = {}
+
+    def ask(n):
+        found[n] = worker.ask(f"{n + n % 2}x", f"x + {n - 1}x")  # equal for even n
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(2, 12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {n: n % 2 == 0 for n in range(2, 12)}
+    killed = worker.process.pid
+    os.kill(killed, signal.SIGKILL)
+    assert worker.ask("7y", "y+6y") and worker.process.pid != killed
 
 
-@pytest.mark.parametrize("task, text, reward", PARTS)
-def test_the_parts_of_a_reward(task, text, reward):
-    assert TASKS[task].reward(text, ROWS[task]) == pytest.approx(reward, abs=1e-9)
+HOSTILE = ["9^9^9^9", "99999999!", r"\boxed{" * 40, r"\frac{" * 40]
+HOSTILE += ["$" * 99, "\\" * 99, "\0", "\ud800", "1/0", "1e9999", "<answer>"]
 
 
-PIECES = [*"{}()\n =*/+-239$,.%x٣\0", "42", "2*4-3", GRID, "<answer>", "</answer>", r"\boxed{"]
-PIECES += ["<reasoning>\n", "\n</reasoning>\n"]
-STARTS = (["", GRID, boxed(42), tag(7)], ["<answer>", ""], ["2*4-3", GRID, "42", "$4,2", "="])
-LIKELY = st.tuples(*map(st.sampled_from, (*STARTS, ["</answer>", "", "}"], ["", "\n!"])))
-TEXTS = st.text(max_size=60) | pieces(20, PIECES) | LIKELY.map("".join)
+def test_a_hostile_answer_is_wrong_and_the_next_one_is_compared(worker):
+    assert [answer for answer in HOSTILE if worker.ask("5", answer)] == []
+    assert worker.ask("5", "2+3")
+    for giant in ("9" * 10**6, "(" * 10_000 + "5" + ")" * 10_000, None):
+        assert not answers_match("5", giant)
 
 
-BOUNDS = [("countdown", 1, 0.1), ("sudoku", 2, 2), ("gsm8k", 2, 2), ("math", 2, 1)]
+def test_a_worker_that_hangs_is_replaced_after_the_limit(worker):
+    assert worker.ask("5", "2+3")
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    assert not worker.ask("5", "4+1")
+    assert worker.ask("5", "4+1")
 
 
-@pytest.mark.parametrize("task, least, most", BOUNDS)
-def test_any_text_has_a_reward_that_tells_right_from_wrong(task, least, most):
-    seen = set()
+PIECES = [r"\boxed{", r"\boxed{1}", "<answer>", "{", "}", "< ", "answer is "]
 
-    @fuzz(60 if task == "math" else 300, text=TEXTS)
-    def check(text):
-        reward = TASKS[task].reward(text, ROWS[task])
-        correct = TASKS[task].correct(text, ROWS[task])
-        seen.add(correct)
-        assert 0 <= reward <= TASKS[task].top
-        if not correct:  # with spoilt clues, all cells of a Sudoku may still be right
-            assert reward <= most
-        elif answers.final_answer(text) == answers.extract(text, task in ("gsm8k", "math")):
-            assert reward >= least - 0.001 * len(text) * (task == "gsm8k")
 
-    check()
-    assert seen == {True, False}
+@pytest.mark.parametrize("piece", PIECES)
+def test_an_answer_after_a_megabyte_of_pieces_is_found(piece):
+    text = piece * (10**6 // len(piece))
+    assert final_answer(text + "<answer>5</answer>") == "5"
+
+
+SCRIPT = """
+import multiprocessing
+from llada.answers import WORKER, answers_match
+
+def ask(answer):
+    return answers_match("4x", answer), WORKER.process.pid
+
+if __name__ == "__main__":
+    print(ask("2x+2x"))
+    for method, texts in {"fork": ["x+3x", "x+2x"], "spawn": ["3x+x"]}.items():
+        with multiprocessing.get_context(method).Pool(len(texts)) as pool:  # of daemonic processes
+            print(*pool.map(ask, texts, 1))
+"""
+
+
+def test_forks_and_spawned_processes_ask_workers_of_their_own_and_leave_none(tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "script.py"]
+    output = subprocess.check_output(command, text=True, env=environment, cwd=tmp_path)
+    found = re.findall(r"\((\w+), (\d+)\)", output)
+    assert [right for right, _ in found] == ["True", "True", "False", "True"]
+    pids = [int(pid) for _, pid in found]
+    assert pids[0] not in pids[1:]
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_a_missing_or_broken_math_verify_is_an_error_and_no_verdict(tmp_path, monkeypatch):
+    worker = answers.Worker()
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')")
+    with monkeypatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(RuntimeError, match="did not start"):
+            worker.ask("2x", "x+x")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(RuntimeError, match="pip install math-verify"):
+        worker.ask("2x", "x+x")

@@ -1,19 +1,17 @@
-"""The tasks' rows and prompts, the data files that they read, and tasks that a user adds."""
+"""The tasks: rows, prompts, rewards, the files that they read, and a task that a user adds."""
 
 import itertools
 import json
 import re
-from contextlib import suppress
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from figures import answers, tasks
-from figures.answers import extract
-from figures.tasks import Sudoku, Task
-from llada_finetune import TASKS, read_rows
+from llada import tasks
+from llada.answers import extract, final_answer
+from llada.tasks import TASKS, Task, arithmetic, read_rows
 
 GRID = "1234341221434321"
 OTHER = "3214143221434321"  # differs from GRID in cells 0, 2, 4 and 6
@@ -25,43 +23,25 @@ ROWS = {
     "sudoku": PUZZLE,
     "math": {"question": "What?", "answer": r"$\boxed{41}$, no, $\boxed{42}$."},
 }
+RIGHT = {"countdown": "2*4-3", "gsm8k": "42", "sudoku": GRID, "math": "42"}
+WRONG = {"countdown": "2+3", "gsm8k": "41", "sudoku": OTHER, "math": "41"}
 SPLITS = ("train", "valid", "test")
 
 
-@pytest.fixture
-def own_tasks():
-    """TASKS, without what the test adds afterwards."""
-    before = dict(TASKS)
-    yield TASKS
-    TASKS.clear()
-    TASKS.update(before)
+def tag(answer):
+    return f"<answer>{answer}</answer>"
 
 
-# ---- prompts -------------------------------------------------------------------------------------
-ASKED = [
-    pytest.param("countdown", "2*4-3", "[2, 3, 4] to make exactly 5", id="countdown"),
-    pytest.param("sudoku", GRID, PUZZLE["puzzle"], id="sudoku"),
-    pytest.param("gsm8k", "42", "What?", id="gsm8k"),
-    pytest.param("math", r"\boxed{42}", "What?", id="math"),
-]
+def form(answer):
+    return f"<reasoning>\nfirst\nsecond\n</reasoning>\n<answer>\n{answer}\n</answer>"
 
 
-@pytest.mark.parametrize("name, best, asked", ASKED)
-def test_a_prompt_asks_for_what_earns_the_top(name, best, asked):
-    task = TASKS[name]
-    prompt = task.prompt(ROWS[name])
-    form = re.search("<reasoning>\n.*?\n</answer>", prompt, re.S)[0]
-    filled = form.replace("your answer", best)
-    assert asked in prompt
-    assert task.reward(form, ROWS[name]) < task.reward(filled, ROWS[name]) == task.top
+def few(examples):
+    """Hypothesis with fixed examples and without a limit of time."""
+    return settings(max_examples=examples, derandomize=True, deadline=None, database=None)
 
 
-def test_countdown_s_example_is_right():
-    prompt = TASKS["countdown"].prompt({"numbers": [9, 8, 7], "target": 6})
-    assert TASKS["countdown"].correct(prompt, ROWS["countdown"])
-
-
-# ---- rows ----------------------------------------------------------------------------------------
+# ---- Rows ----------------------------------------------------------------------------------------
 def left(grid, i):
     """The digits that neither the row nor the column nor the box of cell i holds."""
     seen = {grid[j] for j in range(16) if 0 in ((i ^ j) & 12, (i ^ j) & 3, (i ^ j) & 10)}
@@ -81,12 +61,10 @@ def solve(grid):
 
 def test_sudoku_rows_have_one_solution_each_and_splits_share_none():
     assert sorted(tasks.sudoku_grids()) == sorted(solve("0" * 16))
-    assert len(tasks.sudoku_grids()) == 288
     rows = {split: TASKS["sudoku"].rows(split) for split in SPLITS}
     solutions = {split: {row["solution"] for row in rows[split]} for split in SPLITS}
     assert (len(solutions["train"]), len(solutions["valid"])) == (176, 24)
-    assert not solutions["train"] & solutions["valid"]
-    assert not solutions["test"] & (solutions["train"] | solutions["valid"])
+    assert len(set.union(*solutions.values())) == sum(map(len, solutions.values()))
     for split, part in rows.items():
         assert len({row["puzzle"] for row in part}) == (20000 if split == "train" else 256)
         assert {row["puzzle"].count("0") for row in part} == {*range(7, 13)}
@@ -98,7 +76,6 @@ def test_sudoku_s_worked_examples_are_sound_line_by_line():
     prompt = TASKS["sudoku"].prompt(TWO_SOLUTIONS)
     examples = re.findall(r"puzzle: (\d{16})\nAnswer:\n(.*?</answer>)", prompt, re.S)
     assert len(examples) == 3
-    assert prompt.endswith(f"puzzle: {TWO_SOLUTIONS['puzzle']}\nAnswer:")
     for row in TASKS["sudoku"].rows("test") + [TWO_SOLUTIONS]:
         examples.append((row["puzzle"], tasks.sudoku_worked(row)))
     for puzzle, text in examples:
@@ -112,16 +89,13 @@ def test_sudoku_s_worked_examples_are_sound_line_by_line():
         assert TASKS["sudoku"].reward(text, {"puzzle": puzzle, "solution": grid}) == 2
 
 
-def quotient(a, b):
-    return a / b if b else Fraction(10**9)
-
-
-OPERATIONS = [Fraction.__add__, Fraction.__sub__, Fraction.__mul__, quotient]
+OPERATIONS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__}
+OPERATIONS["/"] = lambda a, b: a / b if b else Fraction(10**9)
 
 
 def solvable(row):
     orders = itertools.permutations(map(Fraction, row["numbers"]))
-    for p, q, (a, b, c) in itertools.product(OPERATIONS, OPERATIONS, orders):
+    for p, q, (a, b, c) in itertools.product(OPERATIONS.values(), OPERATIONS.values(), orders):
         if row["target"] in (p(q(a, b), c), p(a, q(b, c))):
             return True
     return False
@@ -133,228 +107,297 @@ def test_countdown_rows_are_solvable_and_no_problem_is_in_two_splits():
     assert [len(part) for part in (train, valid, test)] == [20000, 256, 256]
     assert len(problems) == 20512
     assert {*itertools.chain(*problems)} == {*range(1, 101)}
-    for row in train[:150] + valid[:50] + test[:150]:
-        assert solvable(row)
+    assert all(solvable(row) for row in train[:50] + valid[:50] + test[:50])
 
 
 @pytest.mark.parametrize("n", [1, 9, 10, 99, 2559, 5000])
 def test_cut_is_a_partition_that_stays(n):
-    train = tasks.cut([*range(n)], "train")
-    valid = tasks.cut([*range(n)], "valid")
+    train, valid = (tasks.cut([*range(n)], split) for split in ("train", "valid"))
     assert sorted(train + valid) == [*range(n)]
     assert len(valid) == min(256, n // 10)
-    assert tasks.cut([*range(n)], "train") == train and tasks.cut([*range(n)], "valid") == valid
+    assert tasks.cut([*range(n)], "train") == train
 
 
-def longer_sums(shorter):
-    sign = st.sampled_from([*"+-*/*/", " - ", "\n*", "**", "//"])
-    both = st.builds("{}{}{}".format, shorter, sign, shorter)
-    return st.builds("({})".format, shorter) | st.builds("-{}".format, shorter) | both
+# ---- Prompts and rewards -------------------------------------------------------------------------
+ASKED = {"countdown": "[2, 3, 4] to make exactly 5", "sudoku": PUZZLE["puzzle"]}
 
 
-SUMS = st.recursive(st.sampled_from("0 1 2 7 12 100".split()), longer_sums, max_leaves=20)
-PIECES = st.lists(st.sampled_from([*"0123+-*/() ٣,=", "**", "//", "(4)", "-5*"]), max_size=8)
-LONG = st.sampled_from(["1+" * 49 + "12", "1+" * 49 + "123"])
+@pytest.mark.parametrize("name", [*ROWS])
+def test_a_prompt_asks_for_what_earns_the_top(name):
+    task, best = TASKS[name], RIGHT[name]
+    prompt = task.prompt(ROWS[name])
+    asked = re.search("<reasoning>\n.*?\n</answer>", prompt, re.S)[0]
+    best = rf"\boxed{{{best}}}" if name == "math" else best
+    filled = asked.replace("your answer", best)
+    assert ASKED.get(name, "What?") in prompt
+    assert task.reward(asked, ROWS[name]) < task.reward(filled, ROWS[name]) == task.top
 
 
-@settings(max_examples=500, derandomize=True, deadline=None, database=None)
-@given(text=SUMS | LONG | PIECES.map("".join))
-def test_arithmetic_is_evaluation_with_fractions(text):
-    plain = " ".join(text.split())
-    value = None
-    if len(text) <= 100 and not re.search(r"[^0-9 ()*/+-]|\*\*|//|(^|[-+*/(]) ?\+", plain):
-        with suppress(SyntaxError, TypeError, ZeroDivisionError):
-            value = eval(re.sub("[0-9]+", r"Fraction(\g<0>)", plain), {"Fraction": Fraction})
-    numbers = [int(number) for number in re.findall("[0-9]+", text)]
-    assert answers.arithmetic(text) == ((value, numbers) if isinstance(value, Fraction) else None)
+PLACES = [  # R and W stand for a right and a wrong answer; whether reward and metric see R
+    ("<answer>\nR\n</answer>", True, True),
+    (r"<answer>so \boxed{R} it is</answer>", True, True),
+    (r"<answer>\boxed{W}, no, \boxed {R}</answer>", True, True),
+    ("<answer>W</answer><answer>R</answer>", True, True),
+    ("<answer>R</answer></answer>", True, True),
+    ("<answer>R</answer><answer>W", True, True),
+    ("</answer><answer><answer>R</answer>", True, True),
+    (r"\boxed{W}<answer>R</answer>\boxed{W}", True, True),
+    ("<answer>R</answer><answer>W</answer>", False, False),
+    (r"<answer>\boxed{R}\boxed{W}</answer>", False, False),
+    (r"<answer>W</answer>\boxed{R}", False, False),
+    ("</answer>R<answer>", False, False),
+    ("R", False, False),
+    ("", False, False),
+    ("so\n</reasoning>\n<answer>\nR", False, True),
+    ("<answer>\n\\boxed{R", False, True),
+    ("so\n</reasoning>\nR", False, True),
+]
 
 
-# ---- a user's tasks ------------------------------------------------------------------------------
-def test_a_task_is_one_class(own_tasks, tmp_path):
+@pytest.mark.parametrize("name", [*ROWS])
+def test_the_reward_sees_the_last_closed_answer_and_the_metric_looks_further(name):
+    task, row = TASKS[name], ROWS[name]
+    best = 2.0 if name in ("gsm8k", "math") else task.top
+    for text, rewarded, correct in PLACES:
+        text = text.replace("R", RIGHT[name]).replace("W", WRONG[name])
+        assert task.correct(text, row) is correct, text
+        assert (task.reward(text, row) >= best) is rewarded, text
+    box = rf"It is \boxed{{{RIGHT[name]}}}"
+    assert task.correct(box, row)
+    assert (task.reward(box, row) >= best) is (name in ("gsm8k", "math"))
+
+
+PARTS = [
+    ("gsm8k", form(42), 4),
+    ("gsm8k", form(41), 2),
+    ("gsm8k", form("x"), 1.5),
+    ("gsm8k", form(42) + "\nabc", 3.497),
+    ("gsm8k", form(42)[:-9], 0.375),
+    ("gsm8k", r"\boxed{42}", 2),
+    ("gsm8k", "<reasoning>a\n</reasoning> " + tag(42), 3),
+    ("gsm8k", form(42).replace("second", "<answer>"), 3.875),
+    ("gsm8k", tag("\n42\n"), 2.75),
+    ("gsm8k", "</answer> x", 0),
+    ("math", form(r"\boxed{42}"), 3),
+    ("math", form(42), 2.75),
+    ("math", r"\boxed{42}", 2.5),
+    ("math", r"\boxed{4}", 0.5),
+    ("math", "", 0.25),
+    ("countdown", "2*4-3", 0),
+    ("countdown", tag("2+3"), 0.1),
+]
+
+
+@pytest.mark.parametrize("name, text, reward", PARTS)
+def test_the_parts_of_a_reward(name, text, reward):
+    assert TASKS[name].reward(text, ROWS[name]) == pytest.approx(reward, abs=1e-9)
+
+
+def test_math_reads_the_answer_of_a_gsm8k_row():
+    row = {"question": "What?", "answer": "6 x 7\n#### 42"}
+    assert TASKS["math"].correct("<answer>42</answer>", row)
+    assert not TASKS["math"].correct("<answer>7</answer>", row)
+
+
+PIECES = [*"{}()\n =*/+-239$,.%x٣\0", "42", "2*4-3", GRID, "<answer>", "</answer>", r"\boxed{"]
+PIECES += ["<reasoning>\n", "\n</reasoning>\n", *map(tag, RIGHT.values()), form(42)]
+
+
+@pytest.mark.parametrize("name", [*ROWS])
+def test_any_text_has_a_reward_that_tells_right_from_wrong(name):
+    task, row = TASKS[name], ROWS[name]
+    least, most = {"countdown": (1, 0.1), "math": (2, 1)}.get(name, (2, 2))
+
+    @few(60 if name == "math" else 200)
+    @given(text=st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map("".join))
+    def check(text):
+        reward, solved = task.grade(text, row)
+        assert 0 <= reward <= task.top
+        if not solved:
+            assert reward <= most
+        elif final_answer(text) == extract(text, box_anywhere=name in ("gsm8k", "math")):
+            assert reward >= least - 0.001 * len(text) * (name == "gsm8k")
+
+    check()
+
+
+# ---- Countdown and Sudoku ------------------------------------------------------------------------
+def number(n):
+    return str(n), Fraction(n), [n]
+
+
+def combine(a, sign, b, space):
+    """A sum of two expressions; its value is None if there is a division by zero in it."""
+    defined = None not in (a[1], b[1]) and (sign, b[1]) != ("/", 0)
+    value = OPERATIONS[sign](a[1], b[1]) if defined else None
+    return f"({a[0]}{space}{sign}{b[0]})", value, a[2] + b[2]
+
+
+def trees(smaller):
+    spaces = st.sampled_from(["", " ", "\n"])
+    negative = smaller.map(lambda a: (f"-{a[0]}", None if a[1] is None else -a[1], a[2]))
+    return negative | st.builds(combine, smaller, st.sampled_from([*OPERATIONS]), smaller, spaces)
+
+
+@few(300)
+@given(tree=st.recursive(st.integers(0, 120).map(number), trees, max_leaves=9))
+def test_arithmetic_returns_the_value_and_the_numbers_of_an_expression(tree):
+    text, value, numbers = tree
+    refused = value is None or len(text) > 100
+    assert arithmetic(text) == (None if refused else (value, numbers))
+
+
+NOT_ARITHMETIC = ["2**3", "5//2", "(2)(3)", "2 3", "1/0", "02", "+2", "٣", "f(2)", "1+" * 50 + "1"]
+
+
+def test_arithmetic_binds_as_usual_and_refuses_all_else():
+    assert arithmetic("2+3*4-6/4") == (Fraction(25, 2), [2, 3, 4, 6, 4])
+    assert [text for text in NOT_ARITHMETIC if arithmetic(text) is not None] == []
+
+
+COUNTDOWN = [  # numbers, target, right expressions, wrong ones
+    ([2, 3, 4], 5, [r"$2\times4-3$", r"\left(2 \cdot 4\right) − 3", "2×4-3 = 5", "**2*4-3**"], []),
+    ([2, 3, 4], 5, [r"\boxed{2*4-3}=5", "-(3-4*2)", "2*4-3.", r"\[ 4*2-3 \]", "5 = 2·4-3"], []),
+    ([2, 3, 4], 5, ["2 x 4 - 3"], ["5", "= 5", "2+3", "2+3+4", "2*4-3+2-2", "23-4", "{2*4}-3"]),
+    ([2, 3, 4], 5, [], ["2.0*4-3", "٢*٤-٣", "2*4-3 # 9", "__import__('os')", "(" * 2000 + "5"]),
+    ([3, 8, 8, 3], 24, ["8/(3-8/3)", r"\frac{8}{3-8/3}", r"\dfrac{8}{3-8/3}"], ["3*8"]),
+]
+
+
+@pytest.mark.parametrize("numbers, target, right, wrong", COUNTDOWN)
+def test_countdown_expressions(numbers, target, right, wrong):
+    task, row = TASKS["countdown"], {"numbers": numbers, "target": target}
+    for expression in right + wrong:
+        assert task.correct(tag(expression), row) is (expression in right), expression
+        assert task.reward(tag(expression), row) == (1.0 if expression in right else 0.1)
+
+
+SUDOKU = [  # an answer, its row, right cells, whether it solves
+    (GRID, PUZZLE, 2, True),
+    ("1234\n3412\n2143\n4321", PUZZLE, 2, True),
+    ("1 |2" + GRID[2:] + "99", PUZZLE, 2, True),
+    ("19" + GRID[2:], PUZZLE, 2, False),
+    ("9" + GRID[1:], PUZZLE, 1, False),
+    (GRID[:15], PUZZLE, 1, False),
+    ("4x4: " + GRID, PUZZLE, 0, False),
+    (OTHER, PUZZLE, 1, False),
+    (OTHER, TWO_SOLUTIONS, 0, True),
+    (GRID, TWO_SOLUTIONS, 4, True),
+]
+
+
+@pytest.mark.parametrize("answer, row, right, solved", SUDOKU)
+def test_sudoku_counts_cells_of_the_solution_and_accepts_any_grid_on_the_clues(
+    answer, row, right, solved
+):
+    task, empty = TASKS["sudoku"], row["puzzle"].count("0")
+    assert task.correct(tag(answer), row) is solved
+    assert task.cells(tag(answer), row) == (right, empty)
+    assert task.reward(tag(answer), row) == 2 * right / empty
+
+
+# ---- A user's task, and files --------------------------------------------------------------------
+def test_a_task_is_one_class(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", dict(TASKS))
+
     class Reverse(Task):
-        """Say a word backwards."""
-
         top = 3.0
         columns = {"word": ("word", "input")}
 
-        def rows(self, split):
-            return [{"word": "tilt"}]
-
         def clean(self, record):
             if not record["word"].isalpha():
-                raise ValueError("the word has other signs than letters")
+                raise ValueError("The word has other signs than letters.")
             return record
-
-        def prompt(self, row):
-            return f"Say {row['word']} backwards."
 
         def reward(self, text, row):
             return self.top * (text.strip() == row["word"][::-1])
 
-    task = own_tasks["reverse"]
-    path = tmp_path / "words.jsonl"
+    task, path = tasks.TASKS["reverse"], tmp_path / "words.jsonl"
     path.write_text('{"input": "mask"}\n')
     rows = read_rows(str(path), "reverse")
-    assert rows == [{"word": "mask"}] and task.cells is None
-    assert task.reward("ksam", rows[0]) == 3.0 and task.correct("ksam", rows[0])
-    assert not task.correct("mask", rows[0])
+    assert rows == [{"word": "mask"}]
+    assert task.grade("ksam", rows[0]) == (3, 1) and task.grade("mask", rows[0]) == (0, 0)
+    with pytest.raises(RuntimeError, match="Reverse cannot grade 'mask': 'word'"):
+        task.grade("mask", {})
+    with pytest.raises(ValueError, match="--data"):
+        task.rows("train")
     path.write_text('{"input": "mask"}\n{"input": "m4sk"}\n')
-    with pytest.raises(ValueError, match="words.jsonl, line 2: the word has other signs"):
+    with pytest.raises(ValueError, match="words.jsonl, line 2: The word has other signs"):
         read_rows(str(path), "reverse")
 
 
-def test_a_task_with_nothing_but_a_reward_takes_records_as_they_are(own_tasks, tmp_path):
-    class Length(Task):
-        def reward(self, text, row):
-            return float(len(text) == row["n"])
-
-    (tmp_path / "a.jsonl").write_text('{"n": 2, "more": null}')
-    assert read_rows(str(tmp_path / "a.jsonl"), "length") == [{"n": 2, "more": None}]
-    assert own_tasks["length"].correct("ab", {"n": 2})
-    with pytest.raises(ValueError, match="--data"):
-        own_tasks["length"].rows("train")
-
-
-def test_an_easier_sudoku_is_a_few_lines(own_tasks):
-    class Toy(Sudoku):
-        fewest = 4
-        most = 10
-
-        def prompt(self, row):
-            return row["puzzle"]
-
-        def digits(self, text, find=extract):
-            return super().digits(f"<answer>{text}</answer>")
-
-    toy = own_tasks["toy"]
-    rows = toy.rows("test")
-    assert {row["puzzle"].count("0") for row in rows} == {*range(4, 11)}
-    assert all(solve(row["puzzle"]) == [row["solution"]] for row in rows[:100])
-    train = {row["solution"] for row in toy.rows("train")}
-    assert not train & {row["solution"] for row in rows}
-    assert toy.prompt(rows[0]) == rows[0]["puzzle"]
-    for text, right in ((GRID, 2), (OTHER, 1), (GRID[:15], 1), ("4x4" + GRID, 0)):
-        assert toy.cells(text, PUZZLE) == (right, 2)
-        assert toy.reward(text, PUZZLE) == right
-        assert toy.correct(text, PUZZLE) is (right == 2)
-    assert toy.correct(OTHER, TWO_SOLUTIONS) and toy.reward(OTHER, TWO_SOLUTIONS) == 0
-
-
-# ---- data files ----------------------------------------------------------------------------------
 ASK = {"question": "a?", "answer": "7"}
-LINES = {"question": 'a\n"b"', "answer": "#### 7"}
-BREAKS = {"question": "\u2028\x85", "answer": "1"}
 THREE = {"numbers": [30, 100, 93], "target": 23}
-FOUR = {"numbers": [44, 19, 35, 7], "target": 98}
 TWO = {"numbers": [4, 5], "target": 20}
-SUDOKU_CSV = f"Puzzle,Solution\n{PUZZLE['puzzle']},{GRID}\n"
-MATH_500 = '{"problem": "a?", "solution": "w", "answer": "7"}'
-BLANK_END = '{"problem": "a?", "answer": 7, "level": 5}\n\n \n'
 GOOD = [  # task, kind, content, the row
-    pytest.param("countdown", "jsonl", '{"input": "30,100,93", "output": "23"}', THREE, id="d1"),
-    pytest.param("countdown", "jsonl", '{"target": 98, "nums": [44, 19, 35, 7]}', FOUR, id="Pan"),
-    pytest.param("countdown", "csv", 'nums,target\n"[4, 5]",20\n', TWO, id="a list in a field"),
-    pytest.param("countdown", "csv", "nums,target\n4 5,20\n", TWO, id="spaces"),
-    pytest.param("countdown", "jsonl", '{"nums": [4.0, "5"], "target": 20.0}', TWO, id="4.0"),
-    pytest.param("sudoku", "csv", SUDOKU_CSV, PUZZLE, id="DTM's and SPG's sudoku"),
-    pytest.param("sudoku", "jsonl", json.dumps(TWO_SOLUTIONS), TWO_SOLUTIONS, id="sudoku jsonl"),
-    pytest.param("gsm8k", "jsonl", json.dumps(ROWS["gsm8k"]), ROWS["gsm8k"], id="gsm8k"),
-    pytest.param("gsm8k", "jsonl", '{"question": "a?", "answer": 7}', ASK, id="a number"),
-    pytest.param("gsm8k", "csv", 'question,answer\n"a\n""b""",#### 7\n', LINES, id="quotes"),
-    pytest.param("math", "jsonl", '{"problem": "a?", "solution": "7"}', ASK, id="MATH"),
-    pytest.param("math", "jsonl", MATH_500, ASK, id="MATH-500"),
-    pytest.param("math", "jsonl", BLANK_END, ASK, id="extra column, blank end"),
-    pytest.param("math", "jsonl", '{"problem": "\u2028\x85", "answer": "1"}', BREAKS, id="U+2028"),
-    pytest.param(
-        "math", "jsonl", '\ufeff{"problem": "a?", "answer": "7"}\r\n', ASK, id="BOM, CRLF"
+    ("countdown", "jsonl", '{"input": "30,100,93", "output": "23"}', THREE),
+    ("countdown", "csv", 'nums,target\n"[4, 5]",20\n', TWO),
+    ("countdown", "jsonl", '{"nums": [4.0, "5"], "target": 20.0}', TWO),
+    ("sudoku", "csv", f"Puzzle,Solution\n{PUZZLE['puzzle']},{GRID}\n", PUZZLE),
+    ("gsm8k", "jsonl", json.dumps(ROWS["gsm8k"]), ROWS["gsm8k"]),
+    ("math", "jsonl", '{"problem": "a?", "solution": "w", "answer": 7, "level": 5}\n\n \n', ASK),
+    ("math", "jsonl", '\ufeff{"problem": "a?", "answer": "7"}\r\n', ASK),
+    ("math", "csv", "\ufeffid, question, answer\r\n1,a?,7\r\n\r\n", ASK),
+    (
+        "math",
+        "jsonl",
+        '{"problem": "\u2028\x85", "answer": "1"}',
+        ASK | {"question": "\u2028\x85", "answer": "1"},
     ),
-    pytest.param("math", "csv", "\ufeffquestion,answer\r\na?,7\r\n\r\n", ASK, id="csv, BOM, CRLF"),
-    pytest.param("math", "csv", "id, question, answer\n1,a?,7", ASK, id="extra column, spaces"),
 ]
 
 
-@pytest.mark.parametrize("task, kind, content, row", GOOD)
-def test_a_file_is_read(tmp_path, task, kind, content, row):
+@pytest.mark.parametrize("name, kind, content, row", GOOD)
+def test_a_file_is_read(tmp_path, name, kind, content, row):
     path = tmp_path / f"a.{kind}"
     path.write_bytes(content.encode())
-    assert read_rows(str(path), task) == [row]
+    assert read_rows(str(path), name) == [row]
 
 
 BAD = [  # task, kind, content, what the error says
-    pytest.param("math", "csv", "question,answer\na,b,5\n", "line 2: 3 fields.*quotes", id="comma"),
-    pytest.param("math", "csv", 'question,answer\n"a\nb",5\nc\n', "line 4: 1 fields", id="short"),
-    pytest.param("math", "csv", 'problem,answer\n"' + "x" * 200_000, "line 2: ", id="open quote"),
-    pytest.param("math", "csv", "answer,question,answer\n1,2,3", "line 1: two columns", id="twice"),
-    pytest.param("math", "csv", "a?,7\nb?,8\n", "line 2: no question or problem", id="no header"),
-    pytest.param("math", "csv", "question,answer\n", "no rows", id="only a header"),
-    pytest.param("math", "csv", "", "no rows", id="empty csv"),
-    pytest.param("math", "jsonl", " \n\n", "no rows", id="empty jsonl"),
-    pytest.param("math", "jsonl", "question", "line 1: not JSON", id="text"),
-    pytest.param("math", "jsonl", '{"question": "a"}', "no answer or solution", id="no answer"),
-    pytest.param("math", "jsonl", '{"question": "a", "answer": ""}', "no answer", id="blank"),
-    pytest.param("math", "txt", "{}", "jsonl or .csv", id="suffix"),
-    pytest.param("chess", "jsonl", "{}", "no task 'chess'", id="task"),
+    ("math", "csv", "question,answer\na,b,5\n", "a.csv, line 2: There are 3 fields.*quotes"),
+    ("math", "csv", 'question,answer\n"a\nb",5\nc\n', "a.csv, line 4: There are 1 fields"),
+    ("math", "csv", 'problem,answer\n"' + "x" * 200_000, "a.csv, line 2: "),
+    ("math", "csv", "answer,question,answer\n1,2,3", "line 1: Two columns"),
+    ("math", "csv", "a?,7\nb?,8\n", "line 2: There is no value for question or problem"),
+    ("math", "jsonl", '{"question": "a", "answer": ""}', "line 1: .* no value for answer"),
+    ("math", "jsonl", " \n\n", "a.jsonl holds no rows"),
+    ("math", "txt", "{}", "does not end in .jsonl or .csv"),
+    ("chess", "jsonl", "{}", "The task 'chess' is not one of"),
+    ("math", "jsonl", '{"question": "a",\n "answer": "é"}', "line 2: This is not UTF-8"),
 ]
+for line in ("{", "[]", "7", "null", '"a"', "[" * 100_000):
+    BAD.append(("math", "jsonl", f"{json.dumps(ASK)}\n{line}\n", "line 2: This is (not )?JSON"))
 
 
-@pytest.mark.parametrize("task, kind, content, message", BAD)
-def test_a_bad_file_is_refused_in_a_sentence(tmp_path, task, kind, content, message):
+@pytest.mark.parametrize("name, kind, content, message", BAD)
+def test_a_bad_file_is_refused_in_a_sentence(tmp_path, name, kind, content, message):
     path = tmp_path / f"a.{kind}"
-    path.write_text(content)
+    path.write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
-        read_rows(str(path), task)
-
-
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "utf-16"])
-@pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_another_encoding_is_named(tmp_path, kind, encoding):
-    path = tmp_path / f"a.{kind}"
-    path.write_bytes('{"question": "ask",\n "answer": "é"}'.encode(encoding))
-    line = 1 if encoding == "utf-16" else 2
-    with pytest.raises(ValueError, match=f"a.{kind}, line {line}: .*UTF-8"):
-        read_rows(str(path), "math")
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="none.csv: no such file"):
+        read_rows(str(path), name)
+    with pytest.raises(ValueError, match="There is no file"):
         read_rows(str(tmp_path / "none.csv"), "math")
 
 
 VALUES = [  # task, column, a bad value of it, what the error says
-    pytest.param("countdown", "numbers", [], "1 to 6", id="no numbers"),
-    pytest.param("countdown", "numbers", [1] * 7, "1 to 6", id="7 numbers"),
-    pytest.param("countdown", "numbers", {"a": 1}, "1 to 6", id="no list"),
-    pytest.param("countdown", "numbers", [1.5, 2], "1.5 is not a whole", id="half"),
-    pytest.param("countdown", "numbers", [True, 2], "True is not a whole", id="truth"),
-    pytest.param("countdown", "numbers", [-1, 2], "negative", id="negative"),
-    pytest.param("countdown", "target", "x", "'x' is not a whole", id="letter"),
-    pytest.param("countdown", "target", 2.5, "2.5 is not a whole", id="target"),
-    pytest.param("sudoku", "puzzle", "02", "puzzle is '02', not 16 digits", id="short puzzle"),
-    pytest.param("sudoku", "puzzle", "0" * 17, "16 digits 0-4", id="long puzzle"),
-    pytest.param("sudoku", "puzzle", "." * 16, "16 digits 0-4", id="points"),
-    pytest.param("sudoku", "solution", OTHER, "does not solve", id="another solution"),
-    pytest.param("sudoku", "solution", "0" + GRID[1:], "16 digits 1-4", id="not filled"),
-    pytest.param("sudoku", "solution", " " + GRID, "16 digits 1-4", id="space"),
-    pytest.param("gsm8k", "answer", "?", r"ends in '\?', not in a number", id="no number"),
-    pytest.param("gsm8k", "answer", [5], "not text", id="list"),
-    pytest.param("math", "answer", True, "not text", id="true"),
-    pytest.param("math", "question", 7, "question is 7, not text", id="question"),
+    ("countdown", "numbers", [], "1 to 6"),
+    ("countdown", "numbers", {"a": 1}, "1 to 6"),
+    ("countdown", "numbers", [True, 2], "True is not a whole"),
+    ("countdown", "numbers", [-1, 2], "negative"),
+    ("countdown", "target", 2.5, "2.5 is not a whole"),
+    ("sudoku", "puzzle", "." * 16, "not 16 digits 0-4"),
+    ("sudoku", "solution", OTHER, "does not solve"),
+    ("gsm8k", "answer", "?", r"ends in '\?', not in a number"),
+    ("math", "answer", True, "not text"),
+    ("math", "question", 7, "question is 7, not text"),
 ]
 
 
-@pytest.mark.parametrize("task, column, value, message", VALUES)
-def test_a_bad_value_is_named_with_its_line(tmp_path, task, column, value, message):
+@pytest.mark.parametrize("name, column, value, message", VALUES)
+def test_a_bad_value_is_named_with_its_line(tmp_path, name, column, value, message):
     path = tmp_path / "a.jsonl"
-    good = json.dumps(ROWS[task])
-    path.write_text("\n".join([good, json.dumps(ROWS[task] | {column: value}), good]))
+    good = json.dumps(ROWS[name])
+    path.write_text("\n".join([good, json.dumps(ROWS[name] | {column: value}), good]))
     with pytest.raises(ValueError, match=f"a.jsonl, line 2: .*{message}"):
-        read_rows(str(path), task)
-
-
-@pytest.mark.parametrize("record", ["{", "[]", "7", "null", "", '"a"', "[" * 100_000])
-def test_a_line_that_is_no_record_is_named(tmp_path, record):
-    path = tmp_path / "a.jsonl"
-    good = json.dumps(ROWS["countdown"])
-    path.write_text("\n".join([good, record, good]))
-    with pytest.raises(ValueError, match="a.jsonl, line 2: (not )?JSON"):
-        read_rows(str(path), "countdown")
+        read_rows(str(path), name)
