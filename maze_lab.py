@@ -85,23 +85,21 @@ def setting(default: int | float | str, help: str):
 class Config:
     """The settings of a run. Each one is also a flag of the command line."""
 
-    grid: int = setting(4, "Use a maze with this many cells per side; 5 needs 0.9 GB per process.")
-    walker: str = setting(
-        "away", "Let the base model's walker drift away from or towards the goal."
-    )
-    a_end: float = setting(32.0, "Stop at this tilt A, per unit of reward.")
-    rollouts: int = setting(32768, "Draw this many paths per arm, all phases together.")
-    steps: int = setting(1600, "Take this many gradient steps per arm, all phases together.")
-    phases: int = setting(16, "Divide the way to A into this many phases.")
-    last: float = setting(2.0, "Make the last phase this many times as long as each other phase.")
-    batch: int = setting(256, "Use this many paths per gradient step.")
-    lr: float = setting(7e-3, "Start the first phase at this learning rate.")
-    base_steps: int = setting(800, "Train the base model for this many gradient steps.")
-    base_batch: int = setting(512, "Use this many paths per gradient step of the base model.")
-    base_lr: float = setting(3e-3, "Train the base model at this peak learning rate.")
-    width: int = setting(32, "Give the model this width, an even number for two attention heads.")
-    layers: int = setting(2, "Give the model this many layers.")
-    mazes: int = setting(0, "Run on this many random mazes, one per seed, instead of the default.")
+    grid: int = setting(4, "Use a maze with this many cells per side; 5 takes 0.9 GB per process")
+    walker: str = setting("away", "Let the base model's walker drift away from or towards the goal")
+    a_end: float = setting(32.0, "Stop at this tilt A, per unit of reward")
+    rollouts: int = setting(32768, "Draw this many paths per arm, all phases together")
+    steps: int = setting(1600, "Take this many gradient steps per arm, all phases together")
+    phases: int = setting(16, "Divide the way to A into this many phases")
+    last: float = setting(2.0, "Make the last phase this many times as long as each other phase")
+    batch: int = setting(256, "Use this many paths per gradient step")
+    lr: float = setting(7e-3, "Start the first phase at this learning rate")
+    base_steps: int = setting(800, "Train the base model for this many gradient steps")
+    base_batch: int = setting(512, "Use this many paths per gradient step of the base model")
+    base_lr: float = setting(3e-3, "Train the base model at this peak learning rate")
+    width: int = setting(32, "Give the model this width, an even number for two attention heads")
+    layers: int = setting(2, "Give the model this many layers")
+    mazes: int = setting(0, "Run on this many random mazes, one per seed, not on the fixed one")
 
 
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 240, "phases": 8, "rollouts": 8192}
@@ -177,8 +175,10 @@ class Phase:
     control: "FixedC | ScalarC | LearnedC"
 
 
-def tilt(base, maze, arm: Arm, cfg: Config, choose_h: Callable, seed: int) -> Iterator[Phase]:
-    """Run DTM from rho_0, the MazeNet `base`, to rho_A, and yield each phase when it is finished.
+def tilt(
+    base: "MazeNet", maze: "Maze", arm: Arm, cfg: Config, choose_h: Callable, seed: int
+) -> Iterator[Phase]:
+    """Run DTM from rho_0, the model `base`, to rho_A, and yield each phase when it is finished.
 
     These are the six steps of the algorithm at the head of dtm.py. choose_h(a, r) returns the
     step h at tilt a, where the rollouts have the rewards r (section 4).
@@ -742,7 +742,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
     add("--seeds", "Run this many seeds (default: one per process, or 3 on a GPU).", type=int)
     add("--first-seed", "Number the seeds from here (default 0).", type=int, default=0)
-    add("--quick", "Run one seed at a smaller size, as a sketch.", action="store_true")
+    add(
+        "--quick",
+        "Run one seed with less training, as a sketch (default off).",
+        action="store_true",
+    )
     text = "Train on this device; auto takes cuda if there is one, otherwise cpu (default auto)."
     add("--device", text, default="auto", choices=("auto", "cpu", "cuda", "mps"))
     text = "Run this many processes (default: one per processor, at most 8, or 4 on a GPU)."
@@ -773,12 +777,16 @@ def complete_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
 def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
     about = "Run DTM on a maze. The head of the file explains the task, the arms and the metrics."
     parser = argparse.ArgumentParser(description=about)
-    text = "Run the arms of one question instead of the main comparison."
+    text = (
+        "Answer one question: how many phases (anneal), which control variate (cv), which form of "
+        "the loss (loss), which decoding order (sampler), or who chooses h (ess)? "
+        "The default is the main comparison."
+    )
     parser.add_argument("--ablate", choices=ABLATIONS, help=text)
     add_run_flags(parser)
     for f in fields(Config):
         choices = {"grid": (4, 5), "walker": DRIFT}.get(f.name)
-        text = f"{f.metadata['help']} (default {f.default})"
+        text = f"{f.metadata['help']} (default {f.default})."
         parser.add_argument(
             f"--{f.name.replace('_', '-')}", type=f.type, choices=choices, help=text
         )
