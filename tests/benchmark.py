@@ -2,13 +2,16 @@
 
     python -m tests.benchmark          5 minutes on one core; writes figures/data/benchmark.json
 
-loss      `dtm.c_dtm_loss` at the masked positions, 16 of a completion's 256, against the dense form
-          of the authors' code (github.com/yuyuanchen0/dtm, lightning_module.py, lines 465-488,
-          commit 901c244), which builds one-hot vectors at all 256 positions and masks the losses
-          afterwards; then the same with 16 positions for both. V = 126,464, forward and backward.
-rollout   completions that are not decoded after the block of their end token, against completions
-          that are decoded to the end. Each token has the probability 1/40 of being an end token.
-step      an optimizer step that keeps its activations, against one that recomputes them.
+There are three comparisons:
+
+loss      `dtm.c_dtm_loss` computes the loss at the masked positions, 16 of the 256 of a completion.
+          The authors' code (github.com/yuyuanchen0/dtm, lightning_module.py, lines 465-488, commit
+          901c244) computes it at all 256 with dense one-hot vectors and masks it afterwards; the
+          dense form is written again here. A second row gives 16 positions to both. The vocabulary
+          has 126,464 tokens, and the time includes the backward pass.
+rollout   A completion is not decoded after the block of its end token. It is compared with one that
+          is decoded to its full length. About one token in forty is an end token.
+step      An optimizer step keeps its activations. It is compared with one that recomputes them.
 
 Rollouts and steps use a LLaDA of 4 blocks of width 256, with prompts of 283 tokens and completions
 of 64 tokens in blocks of 8: the proportions of Sudoku at the 8B size. All is in float32. The two

@@ -22,22 +22,23 @@ EITHER_ADAPTER = pytest.mark.parametrize("lora", ["all", "paper"])
 
 
 def student(cfg, config):
-    """A frozen base model of a shape, with an adapter that is trained."""
+    """Return a frozen base model of a shape, with an adapter that is trained."""
     model = LLaDA(config).requires_grad_(False)
     model.adapters["student"] = LoRA(config, ADAPTED[cfg.lora], cfg.rank, 1.0, cfg.dropout).train()
     model.recompute = cfg.recompute
     return model.use("student")
 
 
-def one_completion(cfg, rows):
-    """Tokens (rows, T) of prompts and completions, and `where` with one masked position per row."""
+def tokens_and_mask(cfg, rows):
+    """Return tokens (rows, T) of prompts and completions, and a mask with one position per row."""
     ids = torch.arange(rows * (cfg.prompt_length + cfg.gen_length)).view(rows, -1) % 20
     where = torch.zeros_like(ids, dtype=torch.bool)
     where[:, -1] = True
     return ids, where
 
 
-def width_of_inputs(cfg, config):
+def adapted_inputs(cfg, config):
+    """Return the sum of the widths of the inputs of a block's adapted projections."""
     model = LLaDA(config).model["transformer"]["blocks"][0]
     return sum(getattr(model, name).in_features for name in ADAPTED[cfg.lora])
 
@@ -56,7 +57,7 @@ def test_parameters_are_those_of_the_modules(lora):
 
 # ---- 2. Memory ----------------------------------------------------------------------------------
 def bytes_kept_by_a_block(cfg):
-    """Bytes per token that one block saves for its backward pass, by autograd's own account.
+    """Return how many bytes per token autograd saves of one block for its backward pass.
 
     Left out are the block's weights, the rotary angles, and the adapter's copies in bfloat16.
     """
@@ -85,7 +86,7 @@ def bytes_kept_by_a_block(cfg):
 def test_what_a_block_keeps_is_what_autograd_saves(lora):
     cfg = make_config(lora=lora, rank=8)
     measured = bytes_kept_by_a_block(cfg)
-    measured -= width_of_inputs(cfg, WIDE)  # a CPU keeps a dropout mask in 2 bytes, a GPU in 1
+    measured -= adapted_inputs(cfg, WIDE)  # a CPU keeps a dropout mask in 2 bytes, a GPU in 1
     assert llada_cost.kept_per_token(cfg, WIDE) == pytest.approx(measured, rel=0.01)
     shared = make_config(lora=lora, rank=8, dropout=0.0)
     counted, measured = llada_cost.kept_per_token(shared, WIDE), bytes_kept_by_a_block(shared)
@@ -93,7 +94,7 @@ def test_what_a_block_keeps_is_what_autograd_saves(lora):
 
 
 def peak_bytes(model, ids, where):
-    """The most memory that the CPU's allocator holds during a forward and a backward pass."""
+    """Return the most memory that the CPU's allocator holds in a forward and a backward pass."""
     model(ids, None, where).sum().backward()  # gradients exist from now on
     with torch.profiler.profile(profile_memory=True) as profile:
         model(ids, None, where).sum().backward()
@@ -104,17 +105,15 @@ def peak_bytes(model, ids, where):
 
 @BOTH
 def test_activations_are_the_peak_of_the_allocator(recompute):
-    """The peak also holds what one block's backward pass computes, a sixth of all blocks here."""
+    """The peak also holds the gradients inside one block, which is one of only six here."""
     size = {"prompt_length": 224, "gen_length": 32, "block": 32, "steps": 32, "batch": 4}
     cfg = make_config(rank=8, recompute=recompute, **size)
     model = student(cfg, WIDE).to(torch.bfloat16)
     model.adapters["student"].float()
-    measured = peak_bytes(model, *one_completion(cfg, rows=4))
+    measured = peak_bytes(model, *tokens_and_mask(cfg, rows=4))
     counted = 1e9 * llada_cost.count_memory(cfg, WIDE)["activations"]
     counted += 2 * llada_cost.adapter_parameters(cfg, WIDE)  # the copy in bfloat16
-    counted += (
-        1024 * width_of_inputs(cfg, WIDE) * (1 if recompute else 6)
-    )  # dropout masks, as above
+    counted += 1024 * adapted_inputs(cfg, WIDE) * (1 if recompute else 6)  # dropout masks, as above
     assert counted <= measured <= (1.25 if recompute else 1.05) * counted
 
 
@@ -144,9 +143,9 @@ def test_presets_fit_80_GB_and_with_recomputation_32_GB(task):
 
 # ---- 3. Arithmetic ------------------------------------------------------------------------------
 def measured_flop(cfg, layers):
-    """FLOP of a forward pass, and of training on one completion, by torch's counter."""
+    """Return FLOP of a forward pass and of training on one completion, first by torch's counter."""
     config = toy_llada.SIZE | {"n_layers": layers}
-    model, inputs = student(cfg, config), one_completion(cfg, rows=1)
+    model, inputs = student(cfg, config), tokens_and_mask(cfg, rows=1)
     # The counter knows the products of this attention only.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         with torch.no_grad():
@@ -160,8 +159,10 @@ def measured_flop(cfg, layers):
 @BOTH
 @EITHER_ADAPTER
 def test_flop_are_those_of_torchs_counter(lora, recompute):
-    """Of training, the cost of one more block is compared: the first block has no gradient to pass
-    on. With recomputation torch leaves out the last product of a block, which it does not need."""
+    """Training is compared by what one more block costs, because the first block of a model has no
+    gradient to pass on. When torch recomputes a block, it leaves out the last product, whose result
+    nobody needs, so that the count is too high there.
+    """
     size = {"prompt_length": 12, "gen_length": 4, "block": 1, "steps": 4, "rank": 8}
     cfg = make_config(lora=lora, recompute=recompute, **size)
     two, three = measured_flop(cfg, layers=2), measured_flop(cfg, layers=3)
@@ -172,7 +173,8 @@ def test_flop_are_those_of_torchs_counter(lora, recompute):
 
 
 def test_hours_follow_the_settings():
-    """Half as long completions cost half, twice the rate too, and recomputation a forward pass."""
+    """Completions that end in the middle halve the hours, and so does twice the rate. Recomputation
+    adds a forward pass to the three of training."""
 
     def plan(tflops=400.0, filled=1.0, **settings):
         cfg = make_config(**settings)
