@@ -27,14 +27,17 @@ LONGEST_ANSWER = 300  # characters; a longer text between the tags is working, n
 LONGEST_TEXT = 50_000  # characters at the end of a text, where its answer is looked for
 SECONDS = 3  # wall-clock time per question
 START_SECONDS = 300  # for importing math-verify, which is slow from a network disk
-MEMORY = 2**30  # bytes of address space of the process, which needs about 0.2 * 2**30
+MEMORY = 2**30  # bytes of address space of the process; without hostile answers 0.2 * 2**30 suffice
 
 
 # ---- Finding the answer --------------------------------------------------------------------------
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-REST_OF_LINE = re.compile(r"[^\n$<>]*")
+REST_OF_LINE = re.compile(r"[^\n$<>]*")  # after a box that is never closed
+# \boxed{3} and \boxed{5} are one answer.
 BETWEEN_BOXES = r"[\s$]*(?:,|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\s*\}?)[\s$]*"
+# GSM8K's "####", "The answer is" and "**Answer:**".
 ANNOUNCEMENT = r"(?:####|(?i:\banswer(?: is| ?=|\**:)))[\s:*]*"
+# A tag, or what is left of one: </answer>, </answer, <answer>, <.
 PIECE_OF_A_TAG = r"<\s*[/\\]\s*\w*\s*>?|<[a-z]{5,}>?|<$"
 
 
@@ -60,20 +63,21 @@ def last_box(text: str, or_open: bool = False) -> str | None:
     """
     text = text[-LONGEST_TEXT:]
     closing = closing_braces(text)
+    boxes = [*BOX.finditer(text)]
+    if or_open and boxes and boxes[-1].end() - 1 not in closing:
+        rest = REST_OF_LINE.match(text, boxes[-1].end())[0].strip()
+        if rest:
+            return rest
     contents = []
     next_box = len(text)
-    boxes = [*BOX.finditer(text)]
     for box in reversed(boxes):
         end = closing.get(box.end() - 1)
         if end is None:
-            rest = REST_OF_LINE.match(text, box.end())[0].strip() if box is boxes[-1] else ""
-            if or_open and rest:
-                return rest
-        elif contents and not re.fullmatch(BETWEEN_BOXES, text[end + 1 : next_box]):
+            continue
+        if contents and not re.fullmatch(BETWEEN_BOXES, text[end + 1 : next_box]):
             break
-        else:
-            contents.insert(0, text[box.end() : end].strip())
-            next_box = box.start()
+        contents.insert(0, text[box.end() : end].strip())
+        next_box = box.start()
     return ", ".join(contents) if contents else None
 
 
@@ -96,10 +100,17 @@ def extract(text: str, box_anywhere: bool = False) -> str | None:
 
 
 def after_a_sign(text: str) -> str:
-    """Return what follows an open <answer>, </reasoning>, </answer>, "####" or "answer is"."""
-    sign = next((s for s in ("<answer>", "</reasoning>", "</answer>") if s in text), None)
-    pieces = text.split(sign)[1:] if sign else []
-    pieces += re.findall(rf"{ANNOUNCEMENT}(.+)", text)[-1:] if not sign else []
+    """Return the last words that follow an open <answer>, </reasoning> or </answer>, or "".
+
+    The first of these three that occurs is used. In a text without them, return the rest of the
+    line after "####" or "the answer is".
+    """
+    for tag in ("<answer>", "</reasoning>", "</answer>"):
+        if tag in text:
+            pieces = text.split(tag)[1:]
+            break
+    else:
+        pieces = re.findall(rf"{ANNOUNCEMENT}(.+)", text)
     pieces = [re.sub(PIECE_OF_A_TAG, "", piece).strip() for piece in pieces]
     return next((piece for piece in reversed(pieces) if piece), "")
 
@@ -124,33 +135,35 @@ def final_answer(text: str) -> str | None:
 # ---- Comparing answers ---------------------------------------------------------------------------
 NUMBER = r"-?\s*(?:\\?\$)?\s*-?(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d+)?"
 FRACTION = r"\\[dtc]?frac\s*(?:\{[^{}]*\}|\d)\s*(?:\{[^{}]*\}|\d)"
-# After a number, any words but these are its unit.
+# Words after a number are its unit, except these.
 NO_UNIT = "and|or|plus|minus|times|choose|mod|squared|cubed|factorial|half|dozen|hundred|thousand"
 NO_UNIT += "|million|billion|pi|sqrt|sin|cos|tan|log|ln"
 UNIT = rf"(?:\\text\s*\{{[^{{}}]*\}}|(?!(?:{NO_UNIT})\b)[a-zA-Z]{{2,}}[a-zA-Z/.\s]*)"
 UNIT += r"(?:\^\{?[23]\}?)?"
+# Unicode signs, in LaTeX.
 LATEX = str.maketrans(
     {"−": "-", "–": "-", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "½": r"\frac12 "}
     | {"√": r"\sqrt "}
     | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 )
 CLEANING = [  # patterns, and what replaces them before math-verify reads an answer
-    (rf"(?s)^.*{ANNOUNCEMENT}", ""),
-    (r"(?<!\\)\\[()\[\]]", "$"),
-    (r"(?s)^[^$]*\$(?!\s)([^$]+)(?<!\s)\$(?!\d)[^$]*$", r"\1"),  # the one formula of a sentence
-    (r"^[*\s]+|[*\s.\\]+$", ""),  # Markdown, and a full stop
-    (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt)|bf)(?![a-z])", ""),
-    (r"\\(?:emph|text(?:bf|it|tt|rm|normal|superscript))(?![a-z])", r"\\text"),
+    (rf"(?s)^.*{ANNOUNCEMENT}", ""),  # The answer is 5
+    (r"(?<!\\)\\[()\[\]]", "$"),  # \(5\)
+    (r"(?s)^[^$]*\$(?!\s)([^$]+)(?<!\s)\$(?!\d)[^$]*$", r"\1"),  # Hence $x = 5$ is the smallest
+    (r"^[*\s]+|[*\s.\\]+$", ""),  # **5**.
+    (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt)|bf)(?![a-z])", ""),  # \mathbf{5}
+    (r"\\(?:emph|text(?:bf|it|tt|rm|normal|superscript))(?![a-z])", r"\\text"),  # \textbf{even}
     (r"^\\text\s*\{\s*(\d[^{}]*)\}$", r"\1"),  # \text{45 fairies}
     (r"(?<=\d)\\[,;:! ](?=\d{3})", ""),  # 385\,000
-    (r"(?<!\\)\\[,;: ]|~", " "),
+    (r"(?<!\\)\\[,;: ]|~", " "),  # 5\,\text{cm}
     (r"(?:(?<=\d)|\^\{?(?:\\(?:text|mathrm))?\s*\{?)(?:st|nd|rd|th)\}*$", ""),  # 12^{\text{th}}
     (r"(\d)[eE]([+-]?\d+)", r"\1 \\times 10^{\2}"),  # 1.2e-5
-    (r"^0,(?=\d)", "0, "),  # a list
+    (r"^0,(?=\d)", "0, "),  # 0,245 is a list
     (r"^(-?\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
+    # \sqrt\frac23, \sqrt(2) and the √12 that LATEX made "\sqrt 12"
     (rf"\\sqrt\s*(?:({FRACTION})|\(([^()]*)\)|(?<= )(\d+))", r"\\sqrt{\1\2\3}"),
-    (r"\s*(?:\\text\s*\{\s*)?(?:\\?%|\b(?:percent(?:age)?|pct)\b)\s*\}?$", r"\\%"),
-    (rf"^({NUMBER}|-?\d*{FRACTION})\s*(?:{UNIT}\s*)+$", r"\1"),
+    (r"\s*(?:\\text\s*\{\s*)?(?:\\?%|\b(?:percent(?:age)?|pct)\b)\s*\}?$", r"\\%"),  # 5 percent
+    (rf"^({NUMBER}|-?\d*{FRACTION})\s*(?:{UNIT}\s*)+$", r"\1"),  # 45 fairies
 ]
 
 

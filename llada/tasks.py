@@ -27,6 +27,7 @@ COUNTDOWN |= dict(chunk=30, temperature=1.0, prompt_length=172, batch=12, accum=
 COUNTDOWN |= dict(lr=4e-6, lr_min=2e-6, clip=2.0, ema=0.95)
 MATHS = COUNTDOWN | dict(h=2.0, a_end=30.0, steps_per_h=300, prompt_length=700, batch=6, accum=16)
 
+# Every prompt but a user's asks for this form.
 FORMAT = (
     "Think first, then answer, in exactly this form with each tag on its own line:\n"
     "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n"
@@ -101,6 +102,7 @@ def cut(rows: list, split: str) -> list:
 
 
 # ---- Countdown -----------------------------------------------------------------------------------
+# Signs that completions use for the four operations.
 LATEX_SIGNS = {r"\times": "*", r"\cdot": "*", "×": "*", "·": "*", "x": "*"}
 LATEX_SIGNS |= {r"\div": "/", "÷": "/", "−": "-"}
 OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
@@ -151,8 +153,8 @@ def countdown_problems() -> list[dict]:
 
 def integer(value) -> int:
     """Return the integer that a file writes as 4, 4.0 or "4"."""
-    good = re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A)
-    check(good is not None, f"{value!r:.60} is not a whole number of at most nine digits.")
+    is_integer = re.fullmatch(r"\s*-?\d{1,9}(\.0*)?\s*", str(value), re.A) is not None
+    check(is_integer, f"{value!r:.60} is not a whole number of at most nine digits.")
     return int(float(value))
 
 
@@ -174,8 +176,8 @@ class Countdown(Task):
         numbers = record["numbers"]
         if isinstance(numbers, str):
             numbers = re.findall(r"[^\s,\[\]]+", numbers)
-        good = isinstance(numbers, list) and 1 <= len(numbers) <= 6
-        check(good, f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers.")
+        is_list = isinstance(numbers, list) and 1 <= len(numbers) <= 6
+        check(is_list, f"numbers is {numbers!r:.60}, not a list of 1 to 6 numbers.")
         row = {"numbers": [*map(integer, numbers)], "target": integer(record["target"])}
         check(min(row["numbers"]) >= 0, f"numbers is {numbers}, but none may be negative.")
         return row
@@ -305,11 +307,11 @@ class Sudoku(Task):
 
     def clean(self, record):
         row = {key: str(record[key]) for key in self.columns}
-        for key, kinds in (("puzzle", "0-4"), ("solution", "1-4")):
-            good = re.fullmatch(f"[{kinds}]{{16}}", row[key]) is not None
-            check(good, f"{key} is {record[key]!r:.60}, not 16 digits {kinds}.")
+        for key, digits in (("puzzle", "0-4"), ("solution", "1-4")):
+            is_grid_of_digits = re.fullmatch(f"[{digits}]{{16}}", row[key]) is not None
+            check(is_grid_of_digits, f"{key} is {record[key]!r:.60}, not 16 digits {digits}.")
         solved = self.solves(row["solution"], row["puzzle"])
-        check(solved, f"solution {row['solution']} does not solve {row['puzzle']}.")
+        check(solved, f"The solution {row['solution']} does not solve {row['puzzle']}.")
         return row
 
     def prompt(self, row):
@@ -353,6 +355,7 @@ class Sudoku(Task):
 
 
 # ---- GSM8K and MATH ------------------------------------------------------------------------------
+# What earns the reward for a number: 42, $1,234.50, 3/4, 60%.
 NUMBER = r"-?\s*(\\?\$)?\s*-?(\d[\d,]*)?\.?\d+(\s*/\s*\d+)?\.?\s*(\\?%)?"
 
 
