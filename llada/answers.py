@@ -143,13 +143,13 @@ UNIT += r"(?:\^\{?[23]\}?)?"
 # Unicode signs, in LaTeX.
 LATEX = str.maketrans(
     {"−": "-", "–": "-", "·": r"\cdot ", "∞": r"\infty ", "°": r"^\circ ", "½": r"\frac12 "}
-    | {"√": r"\sqrt "}
+    | {"√": r"\sqrt ", "€": "", "£": ""}
     | {sign: f"^{digit}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}
 )
 CLEANING = [  # patterns, and what replaces them before math-verify reads an answer
     (rf"(?s)^.*{ANNOUNCEMENT}", ""),  # The answer is 5
     (r"(?<!\\)\\[()\[\]]", "$"),  # \(5\)
-    (r"(?s)^[^$]*\$(?!\s)([^$]+)(?<!\s)\$(?!\d)[^$]*$", r"\1"),  # Hence $x = 5$ is the smallest
+    (r"^[^$]*\$+\s*([^$]+?)\s*\$+(?!\s*\d)[^$]*$", r"\1"),  # Hence $x = 5$ is the smallest
     (r"^[*\s]+|[*\s.\\]+$", ""),  # **5**.
     (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt)|bf)(?![a-z])", ""),  # \mathbf{5}
     (r"\\(?:emph|text(?:bf|it|tt|rm|normal|superscript))(?![a-z])", r"\\text"),  # \textbf{even}
