@@ -110,7 +110,7 @@ def test_logits_that_are_not_finite_are_refused(model, number):
     refused("not finite", generate, model, PROMPT, 32, 8, 16)
 
 
-@pytest.mark.parametrize("length, steps", [(30, 16), (32, 15), (32, 2), (0, 0)])
+@pytest.mark.parametrize("length, steps", [(30, 16), (0, 16), (32, 15), (32, 2), (32, 0)])
 def test_lengths_that_do_not_fit_are_refused(model, length, steps):
     refused("must be a positive multiple", generate, model, PROMPT, length, 8, steps)
 
