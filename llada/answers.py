@@ -1,8 +1,13 @@
 """Find the final answer in a text, and compare it with the right one by math-verify.
 
-`final_answer` finds an answer, and `answers_match` compares two. math-verify 0.9 runs in a process
-of its own, so that an answer like 9^9^9^9 can be stopped: after three seconds it counts as wrong.
-This file imports neither torch nor the rest of the project, so that the process starts fast.
+A completion should put its answer between <answer> and </answer>, or into a box, \\boxed{...}. The
+reward of training is strict and reads what `extract` returns. The metric of an evaluation is
+lenient and reads what `final_answer` returns. `answers_match` compares an answer with the right
+one, which is called gold.
+
+math-verify 0.9 runs in a process of its own, because only a process can be stopped: an answer like
+9^9^9^9 counts as wrong after three seconds. This file imports neither torch nor the rest of the
+project, so the process starts fast.
 
 What math-verify gets wrong is not repaired here. It accepts 1/3^41 for 1/3^40, because it compares
 numbers to 15 decimal places; 10 km for 10 m, because it drops units; 101_3 for 101_2, because it
@@ -42,7 +47,7 @@ PIECE_OF_A_TAG = r"<\s*[/\\]\s*\w*\s*>?|<[a-z]{5,}>?|<$"
 
 
 def closing_braces(text: str) -> dict[int, int]:
-    """Return the position of the closing brace by the position of the brace that it closes."""
+    """Return {position of an opening brace: position of the brace that closes it}."""
     opened = []
     closing = {}
     for brace in re.finditer("[{}]", text):
@@ -82,7 +87,7 @@ def last_box(text: str, or_open: bool = False) -> str | None:
 
 
 def tagged(text: str) -> str | None:
-    """Return what stands in the last closed <answer>...</answer>, or None."""
+    """Return the content of the last closed <answer>...</answer>, or None."""
     answers = re.findall("<answer>((?:(?!</?answer>).)*)</answer>", text[-LONGEST_TEXT:], re.S)
     return answers[-1].strip() if answers else None
 
@@ -176,7 +181,7 @@ def clean(text: str) -> str:
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """Return whether math-verify calls two answers equal. Only the process below calls this."""
+    """Return whether math-verify calls two answers equal. Only the worker process calls this."""
     from math_verify import parse, verify
 
     pairs = [(clean(gold), clean(answer))]

@@ -442,9 +442,9 @@ class GSM8K(Math):
     def form(self, text):
         """Return the reward of the tags.
 
-        Each of the four earns 0.125 if it stands once, on a line of its own. Their order earns 0.5,
-        and exactly the form that the prompt asks for 0.5 more. Every character after the last tag
-        costs 0.001.
+        Each of the four tags earns 0.125 if it occurs once, on a line of its own. Tags in the right
+        order earn 0.5, and exactly the form that the prompt asks for earns 0.5 more. Each character
+        after the last tag costs 0.001.
         """
         score = 0.0
         for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"):
