@@ -272,7 +272,7 @@ def learning_rate(method: Method, k: int, progress: float, spent: float) -> floa
 
 def target_tilt(method: Method, cfg: lab.Config, k: int) -> float:
     """Return the tilt of the target in round k."""
-    return cfg.a_end * min(1.0, (k + 1) / method.rounds / max(method.rise, 1e-9))
+    return cfg.a_end * min(1.0, (k + 1) / method.rounds / method.rise)
 
 
 def mixture(model: Callable, base: Callable, share: float) -> Callable:

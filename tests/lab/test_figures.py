@@ -166,6 +166,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(lab, "ProcessPoolExecutor", InThisProcess)
     few = [replace(method, rounds=16) for method in compare.METHODS]
     monkeypatch.setattr(compare, "METHODS", few)
+    few = [arm for arm in lab.ABLATIONS["anneal"] if arm.phases in (None, 1, 16)]
+    monkeypatch.setitem(lab.ABLATIONS, "anneal", few)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +178,6 @@ def tiny(monkeypatch):
 def test_each_script_writes_its_table_json_and_picture(tmp_path, tiny, capsys, module, key):
     script = importlib.import_module(f"figures.{module}")
     name = module.partition(".")[0]
-    if name == "phases":  # its arms have up to 32 phases
-        lab.QUICK["rollouts"] = 512
     script.main(["--quick", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "data" / f"quick_{name}.json").read_text())
