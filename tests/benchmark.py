@@ -1,6 +1,6 @@
 """How much time the design saves: ratios of processor time, measured in one process.
 
-    python -m tests.benchmark          5 minutes on one core; writes figures/data/benchmark.json
+    python -m tests.benchmark          3 minutes on one core; writes figures/data/benchmark.json
 
 There are three comparisons:
 
