@@ -65,12 +65,23 @@ def test_a_folder_that_holds_a_config_is_complete(folder, tmp_path, monkeypatch,
     assert not (tmp_path / "copy" / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, name):
-    (tmp_path / name).write_text("old")
-    with pytest.raises((TypeError, AttributeError)):
-        write_file(tmp_path / name, {"a": object()})
-    assert (tmp_path / name).read_text() == "old"
+def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    """The disk is full after three bytes."""
+
+    def write_three_bytes(path, content):
+        path.write_bytes(b"new")
+        raise OSError("no space left on device")
+
+    def save_three_bytes(tensors, path, metadata):
+        write_three_bytes(path, tensors)
+
+    monkeypatch.setattr("pathlib.Path.write_text", write_three_bytes)
+    monkeypatch.setattr("llada.checkpoint.save_file", save_three_bytes)
+    for file in (tmp_path / "a.json", tmp_path / "a.safetensors"):
+        file.write_bytes(b"old")
+        with pytest.raises(OSError, match="no space"):
+            write_file(file, {})
+        assert file.read_bytes() == b"old"
 
 
 # ---- files and tensors that are missing or damaged -----------------------------------------------
