@@ -23,6 +23,8 @@ that drifts away from the goal, so it rarely succeeds. There are only 4^6 = 4,09
 
 GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
     V, L, B, M    moves to choose from; moves of a path; rows of a batch; its masked positions
+    K, n          shortest paths of the maze; rollouts of a phase
+    r             the reward of a path
     x1, xt, mask  finished paths (B, L); the same with some moves masked; where they are masked
     rho_0         the distribution of the base model's paths
     rho_a         rho_0(x) e^{a r(x)}, normalized: the base tilted by a                       (D1)
@@ -32,14 +34,14 @@ GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
     teacher       the model at tilt a, which draws the rollouts; `student` moves to tilt a + h
     arm           one method of the comparison; all arms get the same rollouts and steps
 
-THE METRICS (the keys of `rows` in the JSON)
-    kl        KL(rho_A || rho_theta) in nats, the score; in `trace` the target is rho_a
+THE METRICS (the keys of `rows` in the JSON; `trace` has them for every phase, against rho_a)
+    kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
     success   the probability that rho_theta gives to the shortest paths, where r = 1
     modes     the effective number of shortest paths: e^entropy of rho_theta given r = 1
     paths     the probability of each shortest path under rho_theta given r = 1
     kl_modes  KL between rho_A given r = 1 and rho_theta given r = 1
     target_success, target_modes, target_paths   the same numbers for rho_A
-    ess       the effective sample size of a phase's weights, as a share of its rollouts     (D9)
+    ess       the effective sample size of the last phase, as a share of its rollouts        (D9)
     seconds   the training time of the arm
 
 CONTENTS   1 settings   2 the loop   3 control variates   4 schedules   5 the maze   6 the model
@@ -218,14 +220,15 @@ def tilt(
                 loss = dtm.etm_loss(logits, logits_a, token, r[i][row], h)  # (D4)
             else:
                 loss = arm.loss(logits, logits_a, token, w_i, c)  # (D3) or (D5)
-            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  as in `dtm.mean_over_masked`
+            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  gives each row the same share
             dtm.take_step(optimiser, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
                 c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_i, share=share
             )
         # 5. Make the student the teacher of the next phase.
         next_teacher = tabulate(student, maze.L)
-        yield Phase(a, h, x1, r, w, student, teacher, next_teacher, control)
+        models = {"student": student, "teacher": teacher, "next_teacher": next_teacher}
+        yield Phase(a=a, h=h, x1=x1, r=r, w=w, control=control, **models)
         teacher = next_teacher
         a += h
         if a >= cfg.a_end * (1 - 1e-9):
