@@ -1,0 +1,175 @@
+"""Two ranks train as one process would, and resume bit for bit.
+
+As a script under torchrun this file does what the tests compare; see `two_ranks`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import loop_helpers
+import pytest
+import torch
+from loop_helpers import (
+    Uneven,
+    check_same,
+    command,
+    complaint,
+    exit_codes,
+    fill,
+    mask_by_content,
+    names,
+    near,
+    records,
+    small_base,
+    steps_on,
+    tensors_of,
+    tuned,
+)
+
+import llada_finetune as finetune
+from llada.distributed import Ranks
+from llada.tasks import TASKS
+
+KILLED = -signal.SIGKILL
+# Each line is two processes: when either receives signals, their exit codes, and the newest
+# checkpoint that they leave. A rank that loses the other one fails with 1.
+KILLS = [
+    ("", "SIGKILL rollout 2", [1, KILLED], None),
+    ("SIGKILL step 1", "SIGKILL step 1", [KILLED, KILLED], None),
+    ("SIGKILL step 3", "", [KILLED, 1], 2),
+    ("", "SIGKILL rename .half-step-0000004/rank1.safetensors", [1, KILLED], 2),
+    ("SIGKILL rename step-0000004", "", [KILLED, 1], 2),
+]
+STOPS = [
+    ("", "SIGTERM rollout 2", [143, 143], 0),
+    ("SIGINT step 2", "", [130, 130], 2),
+    ("SIGINT rollout 1", "SIGTERM rollout 1", [143, 143], 2),
+    ("", "SIGTERM step 4", [143, 143], 4),  # the last step of a phase
+]
+# Two steps on all rollouts of both ranks, without clipping.
+STEPS = {"a_end": 2.0, "c": "learned", "normalize": "batch", "clip": 1e9, "batch": 4, "accum": 4}
+
+
+def short(base: Path, out: Path) -> list[str]:
+    """Return the arguments of a run of two phases of four steps, with checkpoints after each 2."""
+    more = "--steps_per_h 4 --save_every 2 --refresh_steps 2 --ess 0 --h 3 --normalize batch"
+    return [*command(base, out), *more.split()]
+
+
+def interrupt(base: Path, out: Path, lines: list[tuple]) -> None:
+    for one, two, codes, newest in lines:
+        assert exit_codes(short(base, out), one, two) == codes, (one, two)
+        assert names(out)[-1:] == ([] if newest is None else [f"step-{newest:07}"]), (one, two)
+
+
+def torchrun(script: str, *words: object, **variables: str) -> subprocess.CompletedProcess:
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(Path(finetune.__file__).parent)} | variables
+    argv += [script, *map(str, words)]
+    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def two_ranks(base: Path, out: Path) -> None:
+    """Finish the interrupted runs, and do what one process does in the tests, on this rank."""
+    TASKS["uneven"] = Uneven()
+    ranks = Ranks()
+    for name in ("whole", "killed", "stopped"):
+        finetune.main(short(base, out / name))
+    for argv, message in (
+        (["--out", str(out / "alone")], "ran on 1 ranks, but there are 2 now; resume with 1"),
+        ([*short(base, out / "few"), "--data", str(out / "row.jsonl")], "2 ranks share 1 prompts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            finetune.main(argv)
+    run = tuned(base, out / "steps", ranks, **STEPS)
+    fill(run.buffer, 16)
+    data = {key: t.clone() for key, t in run.buffer.data.items()}
+    if ranks.rank == 1:
+        data["x1"][:12, 0] = loop_helpers.END  # this rank has fewer micro-batches
+    scores = finetune.evaluate_teacher(run, TASKS["uneven"].rows("test"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "mask_blockwise", mask_by_content)
+        found = {"data": data, "scores": scores, **vars(steps_on(run, data, 2))}
+    torch.save(found, out / f"{ranks.rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    yield from small_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def ranks(base, tmp_path_factory):
+    """The folder in which two ranks worked, and what either found."""
+    out = tmp_path_factory.mktemp("ranks")
+    interrupt(base, out / "killed", KILLS)
+    died = torchrun(loop_helpers.__file__, *short(base, out / "killed"), RANK_1="SIGKILL rollout 1")
+    assert died.returncode == 1 and "exitcode  : -9" in died.stderr, died.stderr[-3000:]
+    interrupt(base, out / "stopped", STOPS)
+    assert exit_codes(command(base, out / "alone"), "SIGTERM step 1") == [143]
+    (out / "row.jsonl").write_text('{"letters": "12"}')
+    done = torchrun(__file__, base, out)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, *[torch.load(out / f"{rank}.pt") for rank in (0, 1)]
+
+
+def test_killed_ranks_resume_bit_for_bit(ranks):
+    check_same(ranks[0] / "killed", ranks[0] / "whole")
+
+
+def test_a_signal_at_one_rank_stops_both_and_they_resume_bit_for_bit(ranks):
+    check_same(ranks[0] / "stopped", ranks[0] / "whole")
+
+
+def test_ranks_share_neither_prompts_nor_random_numbers(ranks, base):
+    last = tensors_of(ranks[0] / "whole" / names(ranks[0] / "whole")[-1])
+    for name in ("generator", "dropout"):
+        assert not torch.equal(*[last[f"rank{rank}.safetensors:{name}"] for rank in (0, 1)])
+    one, two = (set(found["data"]["row"].tolist()) for found in ranks[1:])
+    assert len(one) == len(two) == 16 and not one & two
+    streams = [
+        Ranks.seed(SimpleNamespace(rank=rank), seed, stream)
+        for rank in range(4)
+        for seed in (0, 1, 42, 499_999)
+        for stream in (0, 1)
+    ]
+    assert len(set(streams)) == len(streams)
+
+
+def test_two_ranks_with_different_numbers_of_micro_batches_step_as_one_process(
+    ranks, base, tmp_path, monkeypatch
+):
+    out, one, two = ranks
+    assert len(one["rows"]) == 2 * 2 * 4 > len(two["rows"])
+    data = {key: torch.cat([t, two["data"][key]]) for key, t in one["data"].items()}
+    monkeypatch.setattr(finetune, "mask_blockwise", mask_by_content)
+    run = tuned(base, tmp_path, **STEPS | {"prompts": 32, "accum": 8})
+    steps = steps_on(run, data, 2)
+    for both in zip(steps.gradients, one["gradients"], two["gradients"], strict=True):
+        for expected, *found in zip(*both, strict=True):
+            near(found, [expected] * 2, atol=1e-4, rtol=1e-4)  # c is float32
+    for expected, found in zip(records(tmp_path), records(out / "steps"), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert found[key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_two_ranks_score_as_one_process(ranks, base, tmp_path):
+    run = tuned(base, tmp_path, **STEPS)
+    scores = finetune.evaluate_teacher(run, TASKS["uneven"].rows("test"))
+    assert (ranks[1]["scores"], ranks[2]["scores"]) == (scores, None)
+
+
+@pytest.mark.parametrize("name, other", [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
+def test_half_of_torchruns_variables_is_an_error(base, tmp_path, monkeypatch, name, other):
+    monkeypatch.setenv(name, "1")
+    message = complaint(*command(base, tmp_path))
+    assert f"{name} is set but {other} is not; start several ranks with torchrun" in message
+
+
+if __name__ == "__main__":
+    two_ranks(*map(Path, sys.argv[1:]))
