@@ -11,17 +11,18 @@ finished sequence, and the network learns to predict them from the tokens that a
 DTM takes such a model and a reward r(x) for finished sequences. The base model writes a sequence x
 with some probability rho_0(x). DTM trains it until it writes x with a probability proportional to
 rho_0(x) e^{A r(x)}, for a number A that the user chooses. This distribution rho_A is called a tilt
-of rho_0: it prefers a high reward, and it keeps sequences of equal reward in proportion. DTM never
-computes the probability of a whole sequence, which would be a sum over L! orders.
+of rho_0: it prefers a high reward, and it does not change the relative probabilities of sequences
+with equal reward. DTM never computes the probability of a whole sequence, a sum over L! orders.
 
 GLOSSARY
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
-x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher (without a prompt)
+x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
 xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
-mask    (B, L)  True at the masked positions that are trained: k per sequence, M in the batch
+mask    (B, L)  True at the masked positions that the loss uses, with `mask_random` all of them;
+                their number is k in one sequence and M in the batch
 r       (B,)    the reward r(x1) of each sequence
 rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
-h               the tilt increment of a phase, which leads from rho_a to rho_{a+h}
+h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
 teacher         a frozen model that draws x1 from rho_a; its logits are called logits_a
 student         the model that is trained towards rho_{a+h}; its logits are called logits
 E_a             the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
@@ -30,18 +31,20 @@ pi_a    (V,)    the posterior pi_a(v | xt, i), the probability of x1_i = v given
 pi_theta (V,)   the student's posterior, softmax(logits); rho_theta is what the student samples from
 e       (V,)    the one-hot vector of the token x1_i, which the code never builds
 w, Z            the weight e^{h r(x1)} of a sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
-c               the weight of the control variate c (pi_a - e), a number or one per position
+c               the coefficient of the control variate pi_a - e, a number or one per position; a
+                control variate is a term with mean zero that is added to reduce the variance
 T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                (D3)
 
-The equations are numbered (D1) to (D12) here; (D10) stands in figures/rivals/objectives.py. Prop
-3.3 is the paper's number. "Ours" marks what we added to the paper's method.
+The equations are numbered (D1) to (D12) here; (D10) is in figures/rivals/objectives.py. Prop. 3.3
+is a number of the paper. "Ours" marks what we added to the paper's method. The method with a
+control variate is called c-DTM.
 
 THE ALGORITHM, which `tilt_matching` runs below
 1. The student is the base model, and the tilt a is 0.
 2. The teacher is a frozen copy of the student. It draws sequences x1, each with a weight e^{h r}.
 3. Some tokens of a batch of x1 are masked, which gives xt.
 4. The student takes a gradient step on the loss (D3) at the masked positions.
-5. After some repetitions of 3 and 4 the phase ends: a becomes a + h, and step 2 begins another.
+5. After some repetitions of 3 and 4 the phase ends: a becomes a + h, and the next starts with 2.
 6. The algorithm ends when a reaches its final value A.
 
 THE MODEL PROTOCOL. model(xt) returns the logits at all positions, (B, L, V). With a boolean mask
@@ -49,7 +52,7 @@ THE MODEL PROTOCOL. model(xt) returns the logits at all positions, (B, L, V). Wi
 
 PRECISION AND CHECKS. Sums over the vocabulary run in float32 for logits in half precision, and in
 float64 for logits in float64. Wrong shapes raise ValueError. The losses do not check values, since
-a GPU waits for every such check: the training loop checks once per step that the loss is finite.
+a GPU waits for every such check; the training loop checks once per step that the loss is finite.
 """
 
 import copy
@@ -93,7 +96,7 @@ def tilt_matching(
     generator: Generator | None = None,
     watch: Callable[[float, Tensor, nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Train the model in place until it samples from rho_A ~ rho_0 e^{A r}, and return it.
+    """Train the model in place until it samples from the tilt rho_A, and return it.
 
     model       the base model; parameters that require no gradient stay as they are
     reward      takes finished sequences (n, length), integers, and returns their rewards (n,)
@@ -103,8 +106,8 @@ def tilt_matching(
     lr          the peak of the learning rate, which falls to 0 in a phase; later peaks are lower
     normalize   divide the weights of a phase by their mean, see `tilt_weight`
     generator   the source of randomness, on the model's device (None: a new one with seed 0)
-    watch       is called as watch(a, rewards, model) after each phase: a and rewards are those of
-                its rollouts, and model is the one that it trained
+    watch       is called as watch(a, rewards, model) at the end of each phase: a is the tilt at its
+                start, rewards are those of the teacher's sequences, and model is the student
 
     Raise ValueError if no parameter can be trained, or if a reward or a loss is not finite.
     """
@@ -123,12 +126,12 @@ def tilt_matching(
         w = tilt_weight(rewards, increment, normalize)  # (rollouts,)
         peak = lr * (1 - 0.8 * a / a_end)  # the later the phase, the less there is to move
         for step in range(steps):
-            i = torch.randint(rollouts, (batch,), generator=generator, device=device)
-            xt, mask = mask_random(x1[i], mask_id, generator)  # step 3
-            w_masked = w[i, None].expand(mask.shape)[mask]  # (M,)
+            rows = torch.randint(rollouts, (batch,), generator=generator, device=device)
+            xt, mask = mask_random(x1[rows], mask_id, generator)  # step 3
+            w_masked = w[rows, None].expand(mask.shape)[mask]  # (M,)
             with torch.no_grad():
                 logits_a = teacher(xt, mask)  # (M, V)
-            loss = c_dtm_loss(model(xt, mask), logits_a, x1[i][mask], w_masked, c)  # (M,)  step 4
+            loss = c_dtm_loss(model(xt, mask), logits_a, x1[rows][mask], w_masked, c)  # step 4
             take_step(optimiser, mean_over_masked(loss, mask), peak * (1 - step / steps))
         if watch:
             watch(a, rewards, model)
@@ -136,8 +139,8 @@ def tilt_matching(
 
 
 def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
-    """Take one step with the gradient clipped to norm 1. Raise ValueError for an infinite loss."""
-    value = loss.item()  # the only place where a GPU waits for a check
+    """Take a step with the gradient clipped to norm 1; ValueError if the loss is not finite."""
+    value = loss.item()  # a GPU waits here, once per step
     advice = "lower lr or h, and ban a token by the logit -1e4, not by -inf"
     check(math.isfinite(value), f"the loss of this step is {value}; {advice}")
     group = optimiser.param_groups[0]
@@ -161,8 +164,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
     Raise ValueError if h r or a weight is not finite.
 
     Why normalize: the best c is about E_a[w], so that c = 1 is close to the best for normalized
-    weights and a moderate h. The minimiser of the loss does not depend on the scale of the weights,
-    up to an error O(1/B), since mean(w) is only an estimate of Z.
+    weights and a moderate h. A constant factor of the weights does not move the minimiser of the
+    loss. But mean(w) is an estimate of Z and thus random, which moves the minimiser by O(1/B).
     """
     log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -172,8 +175,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
         check(w.isfinite().all(), overflow)
         return w
     w = (log_w - log_w.max()).exp()
-    # This sum runs in the order of the batch. w.mean() rounds differently, and the committed digits
-    # of the maze lab depend on the rounding.
+    # This sum runs in the order of the batch. w.mean() rounds differently, and the numbers in the
+    # tables of this project were computed with this rounding.
     one_group = torch.zeros_like(w, dtype=torch.long)
     return w / w.new_zeros(1).scatter_reduce(0, one_group, w, "mean", include_self=False)
 
@@ -186,39 +189,41 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 #     loss = - sum_v T(v) log pi_theta(v),    T = c pi_a + (w - c) e                         (D3)
 #
 # (D2) is Bayes' rule. Let q(xt | x1) be the probability that the masking turns x1 into xt. Then
-#     rho_{a+h}(x1 | xt) = q(xt | x1) rho_{a+h}(x1) / (the sum of this over x1)
-#                        = q(xt | x1) rho_a(x1) w(x1) / (the sum of this over x1)       by (D1)
+#     rho_{a+h}(x1 | xt) = q(xt | x1) rho_{a+h}(x1) / (the sum of the numerator over all x1)
+#                        = q(xt | x1) rho_a(x1) w(x1) / (the sum of the numerator)      by (D1)
 #                        = rho_a(x1 | xt) w(x1) / E_a[w | xt],
 # and the sum of the last line over all x1 with x1_i = v is (D2).
 #
 # The minimiser of a cross-entropy is its mean target, normalised. With S = sum_v E_a[T(v) | xt],
 #     E_a[loss | xt] = - sum_v E_a[T(v) | xt] log pi_theta(v)
-#                    = S KL(E_a[T | xt] / S || pi_theta) + a number without pi_theta,
+#                    = S KL(E_a[T | xt] / S || pi_theta) + a term that does not depend on pi_theta,
 # which is smallest at pi_theta = E_a[T | xt] / S, provided that E_a[T | xt] >= 0.
 #
 # c does not move the minimiser. Given xt, the token x1_i is distributed as pi_a. So E_a[e | xt] is
 # pi_a, the control variate c (pi_a - e) has mean zero, and E_a[T | xt] = E_a[w e | xt]. This is
-# Z(xt) pi_{a+h} by (D2). But c changes the variance of the loss, see section 4. It may depend on xt
-# and i, but not on the tokens behind the masks.
+# Z(xt) pi_{a+h} by (D2). But c changes the variance of the loss, see section 4. The number c may
+# depend on xt and i, but not on the tokens behind the masks.
 #
-# The assumption: a consistent teacher. We used that softmax(logits_a) is the posterior E_a[e | xt]
-# of the distribution that x1 was drawn from. A network satisfies this only approximately. Example:
+# DTM assumes a consistent teacher. We used that softmax(logits_a) is the posterior E_a[e | xt] of
+# the distribution that x1 was drawn from. A network satisfies this only approximately. Example:
 # there are two positions and two tokens. The teacher tosses a coin for the first token, whether the
 # second is known or not. It tosses a coin for the second if the first is unknown, and else copies
-# the first. In random order it writes 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under
-# this distribution the second token copies a known first one with probability 3/4, not 1. With
-# c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt of the
-# distribution that drew x1. Otherwise the mean target is wrong by c (pi_a - E_a[e | xt]).
+# the first. In random order, where the second token comes first half of the time, it writes 00, 01,
+# 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second token copies a
+# known first one with probability 3/4, not 1. With c = 0 the logits of the teacher do not enter,
+# and the minimiser is still the tilt of the distribution that drew x1. With another c the mean
+# target is wrong by c (pi_a - E_a[e | xt]).
 #
-# What DTM needs of the corruption. The derivations use only that q(xt | x1) is the same at every
-# tilt: xt may depend on the reward only through x1. So the loss, with any c, is also right for
-# uniform-state diffusion and block diffusion, if the teacher computes the posterior of x1_i given
-# xt under their corruption.
+# The corruption is what turns x1 into xt, here the masking. The derivations use only that q(xt |
+# x1) is the same at every tilt: xt may depend on the reward only through x1. So the loss, with any
+# c, is also right for block diffusion and for uniform-state diffusion, which replaces tokens by
+# random ones, if the teacher computes the posterior of x1_i given xt under their corruption.
 #
-# The sign of T. Let c >= 0. If T(x1_i) < 0, which means w < c (1 - pi_a(x1_i)), then the loss of
-# this sample is not bounded below; otherwise it is. For a consistent teacher, E_a[loss | xt] is
-# bounded below, but an average over finitely many samples need not be. T >= 0 always holds for
-# r >= 0, weights that are not normalised, and 0 <= c <= 1. A tilt ignores constants in r.
+# T can be negative. Let c >= 0. If w < c (1 - pi_a(x1_i)), then T(x1_i) < 0, and the loss of this
+# sample goes to minus infinity as pi_theta(x1_i) goes to 0. Otherwise it is bounded below. For a
+# consistent teacher, E_a[loss | xt] is bounded below, but an average over finitely many samples
+# need not be. T >= 0 always holds for r >= 0, weights that are not normalised, and 0 <= c <= 1. To
+# make r >= 0, add a constant to the reward; the tilt stays the same.
 def c_dtm_loss(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
 ) -> Tensor:
@@ -268,11 +273,12 @@ def as_constants(
 def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) -> Tensor:
     """Return the loss of explicit tilt matching, (...): (D3) to first order in h.
 
-        T = pi_a + h r (e - pi_a),    which is (D3) with w = 1 and c = 1 - h r               (D4)
+        T = pi_a + h r (e - pi_a),    computed by (D3) with w = 1 and c = 1 - h r            (D4)
 
     r is the reward, (...), which broadcasts to x1; the other arguments are those of `c_dtm_loss`.
-    Where it is not negative, the minimiser is pi_a + h Cov_a(r, e | xt). This is an Euler step of
-    the tilt, with an error O(h^2).
+    This c depends on the tokens behind the masks, so it is no control variate: it moves the
+    minimiser to pi_a + h Cov_a(r, e | xt), with the covariance under E_a, where that is not
+    negative. This is an Euler step of the tilt, with an error O(h^2).
     """
     hr = h * upcast(r)
     return c_dtm_loss(logits, logits_a, x1, 1.0, 1 - hr)
@@ -281,12 +287,13 @@ def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) 
 def self_consistent_loss(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
 ) -> Tensor:
-    """Return the loss of the fixed-point form, (...), where sg stops the gradient.
+    """Return the loss of the self-consistent form, (...).
 
-        E_a[w (e - pi_{a+h}) | xt] = 0    gives    T = pi_a + (w / c - 1)(e - sg pi_theta)   (D5)
+        T = pi_a + (w / c - 1)(e - sg pi_theta),    where sg stops the gradient              (D5)
 
-    c is positive; the other arguments are those of `c_dtm_loss`. The gradient with respect to the
-    logits is, sample by sample, 1/c times that of `c_dtm_loss`.
+    At its fixed point E_a[w (e - pi_theta) | xt] = 0, which (D2) solves. c is positive; the other
+    arguments are those of `c_dtm_loss`. The gradient with respect to the logits is, sample by
+    sample, 1/c times that of `c_dtm_loss`.
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
     to_teacher = c_dtm_loss(logits, logits_a, x1, w=1.0, c=1.0)  # T = pi_a
@@ -301,8 +308,8 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 
     Raise ValueError if a row has no such position.
 
-    A likelihood needs this mean. For the loss -log pi_theta(x1_i) and the masks of `mask_random`,
-    its expectation is one L-th of a bound, where k is the number of masks in a row:
+    Why the rows come first: this mean of -log pi_theta(x1_i), under the masks of `mask_random`, has
+    an expectation of 1/L times a bound on the likelihood (k is the number of masks in a row):
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
     """
     if loss.shape == mask.shape:
@@ -316,8 +323,8 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 
 
 # ---- 4. The control variate ---------------------------------------------------------------------
-# The mean gradient does not depend on c, but its variance does, as a parabola. The best c can be
-# computed or learned from samples; both are ours.
+# The mean gradient does not depend on c, and its variance is a quadratic function of c. The best c
+# can be computed or learned from samples; both are ours.
 def control_variate_targets(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float
 ) -> tuple[Tensor, Tensor]:
@@ -330,9 +337,10 @@ def control_variate_targets(
 
     Why: the gradient of (D3) with respect to the logits is g = w (pi_theta - e) + c (e - pi_a). Its
     mean does not depend on c, so its variance is smallest where E|g|^2 is, and
-        E|g|^2 = E[q (c - y)^2] + a number without c.
-    To learn c*(xt, i), minimise the mean of q (c - y)^2 over each batch after c was used on it. A
-    bad fit only adds variance. With the teacher's logits in place of the student's, y = w.
+        E|g|^2 = E[q (c - y)^2] + a term that does not depend on c.
+    To learn c*(xt, i), first compute the loss of a batch with the present c, and only then move c
+    to a smaller mean of q (c - y)^2 on that batch. A bad fit only adds variance. With the teacher's
+    logits in place of the student's, y = w.
     """
     (w,) = as_constants(logits, logits_a, x1, w=w)
     token = x1[..., None].long()
@@ -352,8 +360,9 @@ def best_scalar_c(
 
         c* = sum share^2 q y / sum share^2 q,    with q and y of (D7)                        (D8)
 
-    The gradient is that of sum share * loss with respect to the logits, so share is the weight of a
-    position, (...): 1/k for `mean_over_masked`. The other arguments are those of `c_dtm_loss`.
+    "The gradient" is that of sum(share * loss) with respect to the logits; share, (...), is the
+    weight of each position in that sum, 1/k for `mean_over_masked`. The other arguments are those
+    of `c_dtm_loss`.
 
     Use the c* of earlier batches: on its own batch, c* depends on e, which biases the gradient by
     O(1/batch).
@@ -363,7 +372,7 @@ def best_scalar_c(
 
 
 # ---- 5. Annealing -------------------------------------------------------------------------------
-# A large increment leaves few samples with a weight that counts, so the tilt is reached in phases.
+# With a large h only a few samples have a weight that matters, so the tilt is reached in phases.
 # Their increments h are equal, or the rewards of the samples choose them.
 def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> float:
     """Return the largest h <= h_max whose weights keep an effective sample size of at least ess.
@@ -407,7 +416,7 @@ def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[
     """
     check(not a_end < 0, f"phases: a_end {a_end:g} is negative; negate the reward instead")
     a = 0.0
-    while not a >= a_end * (1 - 1e-9):  # unlike a < ..., this lets a NaN reach the check below
+    while not a >= a_end * (1 - 1e-9):  # if a is NaN, the check below finds it
         step = min(float(h(a) if callable(h) else h), a_end - a)
         stuck = f"phases: the step {step:g} at a = {a:g} does not lead to a_end = {a_end:g}"
         check(step > 1e-9 * a_end, f"{stuck}; choose a larger h")
@@ -439,7 +448,8 @@ def mask_blockwise(
 
     The k tokens that are still to be drawn are uniform on 1, ..., L in each row. The last
     (k - 1) // block blocks are masked. The block before them is the active one: (k - 1) % block + 1
-    of its positions, chosen at random, are masked, and only these are True in `mask`.
+    of its positions, chosen at random, are masked, and only these are True in `mask`. Example: for
+    C B D A in blocks of 2, k = 3 gives C _ _ _ or _ B _ _, with True at the first mask.
 
     Raise ValueError if the length `block` does not divide L, or x1 contains mask_id already.
     Source: lightning_module.py in the authors' code (commit 901c244).
@@ -471,9 +481,11 @@ def ranks(score: Tensor) -> Tensor:
 #   random          Positions are chosen at random. With one token per step and temperature 1 this
 #                   is an exact draw from rho_theta, which the loss assumes of x1.
 #   top_prob        The position whose most probable token has the highest probability is next, and
-#                   a token is drawn there. For a consistent model this, too, draws from rho_theta.
+#                   a token is drawn there. The choice depends on xt alone, so by the chain rule of
+#                   probability this, too, draws from rho_theta if the model is consistent.
 #   low_confidence  Tokens are drawn at all masks, and the one with the highest probability stays.
-#                   This is LLaDA's low-confidence remasking. It sharpens the distribution.
+#                   This is LLaDA's low-confidence remasking. The choice depends on the drawn
+#                   tokens, which favours probable ones, so the result is no draw from rho_theta.
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -519,8 +531,8 @@ def sample(
             logits = model(xt, where)  # (M, V)
             if ban_mask and 0 <= mask_id < logits.shape[-1]:
                 logits = logits.index_fill(-1, place.new_tensor(mask_id), -torch.inf)
-            score, token = draw(logits, temperature, generator)  # (M,) each
-            all_finite = all_finite & score.isfinite().all()
+            noisy_logit, token = draw(logits, temperature, generator)  # (M,) each
+            all_finite = all_finite & noisy_logit.isfinite().all()
             commit = where
             if order != "random":
                 p = upcast(logits).softmax(-1)  # (M, V)
@@ -533,15 +545,17 @@ def sample(
 
 
 def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
-    """Return tokens (M,) drawn from softmax(logits / temperature), after their noisy logits (M,).
+    """Return the largest noisy logits, (M,), and the tokens that have them, (M,).
 
-    The argmax of logits plus Gumbel noise is such a draw. The noise is never in bfloat16, where it
-    could not exceed 5.5. Over V = 126,464 tokens its usual maximum is 11.7, so that bfloat16 would
-    never draw the rare tokens.
+    The argmax of logits plus Gumbel noise is a draw from softmax(logits / temperature). The noise
+    is never in bfloat16, whose numbers are too coarse near 1: the noise could not exceed 5.5. Over
+    V = 126,464 tokens its usual maximum is 11.7, so that rare tokens would never be drawn.
     """
     if temperature > 0:
         logits = upcast(logits) / temperature
-        logits = logits - torch.empty_like(logits).exponential_(generator=generator).log()
+        exponential = torch.empty_like(logits).exponential_(generator=generator)
+        smallest = torch.finfo(logits.dtype).tiny  # some devices draw 0, whose log is infinite
+        logits = logits - exponential.clamp_min(smallest).log()
     return logits.max(-1)
 
 
@@ -631,8 +645,8 @@ def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
     They are NaN where rho gives xt (B, L) the probability 0. Raise ValueError if the size of rho is
     not V**L for any V.
 
-    How: P(x1_i = v | xt) = P(xt with x_i = v) / P(xt). To tabulate P(xt) for every state, each axis
-    of rho gets its sum appended, as the entry of the mask.
+    How: P(x1_i = v | xt) = P(xt with x_i = v) / P(xt). To tabulate P(xt) for every state, the sum
+    over each axis of rho is appended to this axis; its index V there stands for the mask.
     """
     L = xt.shape[1]
     V = round(len(rho) ** (1 / L))
@@ -655,6 +669,8 @@ def regret_bound(
 ) -> tuple[Tensor, Tensor]:
     """Return both sides of KL(rho_{a+h} || rho_theta) <= (loss - least loss) / Z, exact scalars.
 
+    It says that a student whose loss is close to the least loss (its regret is small) is close to
+    the tilt as a distribution of whole sequences.
     rho (V**L,) is rho_a, and r (V**L,) holds the rewards. The loss is L times `mean_over_masked` of
     (D3), in expectation over x1 ~ rho_a and `mask_random`. The posteriors of rho_{a+h} attain the
     least loss. As E_a[T | xt] = Z(xt) pi_{a+h}, the right side is
@@ -695,8 +711,8 @@ def one_position(pi_a: list[float], w: list[float], c: float) -> dict:
     """
     V = len(pi_a)
     mean_target, mean_gradient = [0.0] * V, [0.0] * V
-    mean_square = top = bottom = 0.0
-    for token in range(V):  # that the teacher draws, with probability pi_a[token]
+    mean_square = numerator = denominator = 0.0
+    for token in range(V):  # the teacher draws it with probability pi_a[token]
         q = 0.0
         for v in range(V):
             e = 1 if v == token else 0
@@ -706,10 +722,10 @@ def one_position(pi_a: list[float], w: list[float], c: float) -> dict:
             mean_gradient[v] += pi_a[token] * gradient
             mean_square += pi_a[token] * gradient**2
             q += (e - pi_a[v]) ** 2
-        top += pi_a[token] * q * w[token]
-        bottom += pi_a[token] * q
+        numerator += pi_a[token] * q * w[token]
+        denominator += pi_a[token] * q
     variance = mean_square - sum(g**2 for g in mean_gradient)
-    best_c = top / bottom  # (D7), where y = w
+    best_c = numerator / denominator  # (D7), where y = w
     return {"target": mean_target, "mean": mean_gradient, "variance": variance, "best_c": best_c}
 
 
