@@ -131,7 +131,7 @@ class Config:
     dropout: float = option(0.05, "dropout probability at the adapter's input")
     # memory
     recompute: bool = option(
-        False, "recompute activations: 25 to 27 GB per GPU instead of 65 to 69"
+        False, "recompute activations: 26 to 27 GB per GPU instead of 66 to 71"
     )
     # bookkeeping
     save_every: int = option(100, "optimizer steps between checkpoints; each phase ends with one")

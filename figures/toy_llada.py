@@ -36,8 +36,8 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 import llada_finetune as finetune
-import maze_lab as lab
 from dtm import check, mask_random, mean_over_masked
+from figures import command
 from llada.checkpoint import read_json, write_file
 from llada.decoding import model_inputs
 from llada.distributed import Ranks, run_as_script
@@ -61,7 +61,7 @@ class Toy(Sudoku):
         "prompts": 1536,
         "refresh": 0,
         "refresh_steps": 0,
-        "chunk": 1536,
+        "chunk": 128,
         "gen_length": 16,
         "block": 16,
         "steps": 16,
@@ -247,37 +247,67 @@ def collect(runs: list[Path]) -> dict:
     return {"command": command, "runs": found}
 
 
-def series(run: dict, key: str, kind: str, by: str) -> tuple[list[float], list[float]]:
-    """Return a metric of one run's records of a kind: evaluations of a split, or "step"."""
-    records = [e for e in run["log"] if key in e and e.get("split", e["kind"]) == kind]
-    return [e[by] for e in records], [e[key] for e in records]
+def series(run: dict, key: str, kind: str) -> list[float]:
+    """Return a metric along one run: at its test evaluations, or at its optimizer steps."""
+    return [e[key] for e in run["log"] if e.get("split", e["kind"]) == kind]
+
+
+def median_of(runs: list[dict], key: str, kind: str) -> Tensor:
+    """Return the median over runs of a metric, as far as the shortest run goes."""
+    return torch.tensor([*zip(*[series(run, key, kind) for run in runs], strict=False)]).median(1)[
+        0
+    ]
+
+
+def by_control_variate(result: dict) -> dict[str, list[dict]]:
+    """Return the runs of each arm under its name."""
+    arms = {}
+    for run in result["runs"]:
+        kind = run["settings"]["c"]
+        arms.setdefault(NAMES.get(kind, f"c = {kind}"), []).append(run)
+    return arms
+
+
+def best_scores(runs: list[dict]) -> list[float]:
+    """Return the test score of each run at the phase that its validation rows chose."""
+    scores = []
+    for run in runs:
+        valid, test = series(run, "solved", "valid"), series(run, "solved", "test")
+        scores.append(test[valid.index(max(valid))])
+    return scores
+
+
+def title_of(result: dict) -> str:
+    """Return the claim of the figure where both of its arms are there."""
+    arms = by_control_variate(result)
+    if set(arms) != {"learned c", "c = 1"}:
+        return "Puzzles solved and norm of the gradient along the run"
+    learned, one = [sum(s) / len(s) for s in map(best_scores, (arms["learned c"], arms["c = 1"]))]
+    return f"A learned c solves {learned:.0%} of the test puzzles and c = 1 solves {one:.0%}"
 
 
 def draw(result: dict, path: Path) -> Path:
     """Draw the puzzles solved by phase, and the gradient's norm along the run."""
-    plt = lab.pyplot()
-    figure, (solved, norm) = plt.subplots(1, 2, figsize=(8.8, 3.4), layout="constrained")
-    arms = {}
-    for run in result["runs"]:
-        arms.setdefault(run["settings"]["c"], []).append(run)
-    for place, (kind, runs) in enumerate(arms.items()):
-        name = NAMES.get(kind, f"c = {kind}")
-        colour = lab.COLOURS[4 - 3 * place % len(lab.COLOURS)]
+    figure, (solved, norm) = command.new_figure(columns=2, height=3.4)
+    for name, runs in by_control_variate(result).items():
+        look = {"color": command.COLOURS.get(name, "#0072B2"), "lw": 2}
         for run in runs:
-            phases, shares = series(run, "solved", "test", by="phase")
-            solved.plot(phases, shares, "o-", ms=3, lw=1, color=colour)
-            norm.plot(*series(run, "grad_norm", "step", by="total"), lw=0.6, color=colour)
-        phases, shares = series(runs[0], "solved", "test", by="phase")
-        drop = 12 if place == 0 else -22
-        end = (phases[-1], shares[-1])
-        solved.annotate(name, end, (-40, drop), textcoords="offset points", color=colour)
-    solved.set(xlabel="phase", ylabel="test puzzles solved", ylim=(0, 1.1))
+            solved.plot(series(run, "solved", "test"), "o", ms=4, alpha=0.4, color=look["color"])
+        middle = median_of(runs, "solved", "test")
+        solved.plot(middle, label=f"{name}, median of {len(runs)}", **look)
+        middle = median_of(runs, "grad_norm", "step")
+        window = min(31, len(middle))
+        smooth = middle.unfold(0, window, 1).median(1)[0]
+        steps = torch.arange(len(smooth)) + window // 2
+        norm.plot(steps, smooth, label=name, **look)
+    solved.set(xlabel="phase", ylabel="share of the test puzzles solved", ylim=(0, 1.05))
+    solved.legend(frameon=False, loc="lower right")
+    solved.set_title("Each dot is one run after one phase", fontsize=10)
     norm.set(yscale="log", xlabel="optimizer step", ylabel="gradient norm before clipping")
-    if set(arms) == {"learned", "1"}:
-        count = min(len(runs) for runs in arms.values())
-        claim = "A learned c quiets the gradient and solves more puzzles"
-        figure.suptitle(f"{claim} ({count} seeds each)")
-    return lab.save_figure(figure, path)
+    norm.set_title("Running median over runs and 31 steps", fontsize=10)
+    norm.legend(frameon=False)
+    command.save_figure(figure, title_of(result), path)
+    return path
 
 
 # ---- 4. Command ---------------------------------------------------------------------------------

@@ -1,33 +1,46 @@
-"""What README and figures/README.md say is so: commands parse, names exist, code runs."""
+"""What README and the gallery say is so: commands parse, links and names exist, code blocks run."""
 
 import importlib
 import inspect
-import math
 import re
 import shlex
 import sys
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 import torch
-from helpers import ROOT, command
-from torch import Generator
+from torch import Generator, nn
 
 import dtm
 import llada_finetune
-import maze_lab as lab
+import maze_lab
+from llada import tasks
 
+ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 GALLERY = (ROOT / "figures" / "README.md").read_text()
 
 
-def code_blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def code_block(word: str) -> str:
+    """Return README's Python block that holds this word."""
+    [block] = [b for b in re.findall(r"```python\n(.*?)```", README, re.S) if word in b]
+    return block
 
 
-# ---- commands ------------------------------------------------------------------------------------
-def named_commands():
-    """Every command in a code block or span that starts python or torchrun."""
+def load(source: str, folder: Path, name: str):
+    """Import a piece of README as a module."""
+    (folder / f"{name}.py").write_text(source)
+    sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(folder))
+
+
+# ---- commands -----------------------------------------------------------------------------------
+def named_commands() -> list[str]:
+    """Return every command that starts with python or torchrun in a code block or code span."""
     found = set()
     for text in (README, GALLERY):
         lines = "\n".join(re.findall(r"```\n(.*?)```", text, re.S)).splitlines()
@@ -39,25 +52,32 @@ def named_commands():
 
 
 class Started(Exception):
-    """The command has been understood and would run now."""
+    """The command line was accepted, and the work would begin now."""
 
 
 def start(*args, **settings):
     raise Started
 
 
-def check_lab(words, module, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [module.__file__, *words, "--out", str(tmp_path)])
+def run_until_started(script: str, words: list[str], monkeypatch, tmp_path) -> None:
+    """Call the main function of a script; whatever would take long raises Started instead."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    if script == "figures.rivals":
+        module = importlib.import_module("figures.rivals.compare")
     for name in ("experiment", "train_base"):
-        monkeypatch.setattr(lab, name, start)
-    with pytest.raises(Started):
-        module.main()
+        monkeypatch.setattr(maze_lab, name, start)
+    for name in ("run_toy", "collect", "plan", "bench", "run_all"):
+        monkeypatch.setattr(module, name, start, raising=False)
+    for name in ("Ranks", "open_run"):
+        monkeypatch.setattr(llada_finetune, name, MagicMock())
+    writes = any(word in script for word in ("llada", "maze_gif")) is False
+    module.main([*words, *(["--out", str(tmp_path)] if writes else [])])
 
 
-def check_llada(words, monkeypatch):
-    """One of the actions would run now, with settings that are in order."""
+def check_finetune(words: list[str], monkeypatch) -> None:
+    """One of the actions would run now, with settings that are accepted."""
     actions = {"train": "open_run", "eval": "evaluate_command", "merge": "merge"}
-    for name in (*actions.values(), "train", "base_of", "Ranks"):
+    for name in (*actions.values(), "train", "base_of", "locate", "Ranks"):
         monkeypatch.setattr(llada_finetune, name, MagicMock())
     llada_finetune.main(words)
     called = [name for name in actions.values() if getattr(llada_finetune, name).called]
@@ -66,13 +86,7 @@ def check_llada(words, monkeypatch):
         llada_finetune.make_config(**call.args[0])
 
 
-def check_llada_script(words, module, monkeypatch):
-    for name in ("Ranks", "open_run"):
-        monkeypatch.setattr(llada_finetune, name, MagicMock())
-    for name in ("run_toy", "collect", "plan", "bench", "tune"):
-        monkeypatch.setattr(module, name, start, raising=False)
-    with pytest.raises(Started):
-        module.main(words)
+RUN_ELSEWHERE = ("dtm.py", "figures.maze_gif", "figures.antibody", "figures.redraw")
 
 
 @pytest.mark.parametrize("text", named_commands())
@@ -80,140 +94,96 @@ def test_every_named_command_is_understood(text, monkeypatch, tmp_path):
     words = shlex.split(text.replace("SEED", "0"))
     words = [word for word in words if word != "torchrun" and "nproc_per_node" not in word]
     words = words[1:] if words[0] == "python" else words
-    script = words[1] if words[0] == "-m" else words[0]
+    script, *words = words[1:] if words[0] == "-m" else words
     if script == "pytest":
-        assert words[2:] == ["-q", "tests"]  # what runs this
-    elif script == "dtm.py":
-        assert words == ["dtm.py"]  # run below
-    elif script in ("figures.maze_gif", "figures.antibody"):
-        assert words[2:] == []  # run at small size in test_figures, test_antibody
+        assert words == ["-q", "tests"]  # the command that runs this test
     elif script == "llada_finetune.py":
-        check_llada(words[1:], monkeypatch)
-    elif "llada" in script:
-        check_llada_script(words[2:], importlib.import_module(script), monkeypatch)
-    elif script == "maze_lab.py":
-        check_lab(words[1:], lab, monkeypatch, tmp_path)
+        check_finetune(words, monkeypatch)
+    elif script in RUN_ELSEWHERE:
+        assert not words or script != "dtm.py"
     else:
-        check_lab(words[2:], importlib.import_module(script), monkeypatch, tmp_path)
+        with pytest.raises(Started):
+            run_until_started(script, words, monkeypatch, tmp_path)
 
 
-def test_there_are_commands_to_check():
-    assert len(named_commands()) > 15
+def test_the_commands_of_both_texts_are_found():
+    found = " ".join(named_commands())
+    for script in ("maze_lab.py --ablate cv", "figures.phases", "llada_finetune.py eval"):
+        assert script in found
 
 
 def test_every_named_selection_has_tests():
-    written = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    written = "".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
     tests = re.findall(r"^def (test_\w+)", written, re.M)
-    selections = re.findall(r"`pytest -k (.+?)`", README)
-    assert len(selections) > 5
+    selections = re.findall(r"`pytest -k (\w+)`", README)
+    assert len(selections) == 12
     for selection in selections:
-        for word in selection.strip('"').split(" or "):  # -k matches a part of a name
-            assert any(f"_{word.strip('_')}_" in name for name in tests), word
+        assert any(selection in name for name in tests), selection
 
 
-# ---- names ---------------------------------------------------------------------------------------
-def test_pictures_links_and_sections_exist():
+# ---- links and names ----------------------------------------------------------------------------
+def anchors(text: str) -> set[str]:
+    """Return the names under which a code-hosting site links to the headings of a text."""
+    headings = re.findall(r"^##+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_files_and_headings():
     for folder, text in ((ROOT, README), (ROOT / "figures", GALLERY)):
-        for link in re.findall(r"\]\(([^)#]+?)(?:#[\w-]+)?\)", text):
-            assert (folder / link).is_file(), link
-    headings = re.findall(r"^## (.+)$", GALLERY, re.M)
-    sections = {heading.lower().replace(" ", "-") for heading in headings}
-    used = set(re.findall(r"figures/README\.md#([\w-]+)", README))
-    assert len(used) >= 4 and used <= sections
+        for link, _, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#([\w-]+))?\)", text):
+            target = folder / link if link else folder / "README.md"
+            assert target.is_file(), link
+            assert not anchor or anchor in anchors(target.read_text()), anchor
 
 
 def test_functions_that_the_table_names_exist():
-    table = README.split("## With the paper open")[1].split("##")[0]
+    table = README.split("## Reading along with the paper")[1].split("\n## ")[0]
     names = re.findall(r"`(\w+)`", table)
-    assert len(names) > 10 and [name for name in names if not hasattr(dtm, name)] == []
+    assert len(names) >= 10
+    for name in names:
+        assert hasattr(dtm, name), name
 
 
-def test_readme_is_short_and_counts_the_lines_right():
-    assert len(README.splitlines()) <= 170
-    assert max(len(line) for line in README.splitlines()) <= 600
-    for file, lines in re.findall(r"^\| `(\w+\.py)` \|.*?\| (\d+) \|", README, re.M):
-        assert len((ROOT / file).read_text().splitlines()) == int(lines)
+# ---- code ---------------------------------------------------------------------------------------
+def test_D3_the_loss_in_readme_is_that_of_the_function():
+    lines = [line.strip() for line in inspect.getsource(dtm.c_dtm_loss).splitlines()]
+    printed = [line.strip() for line in code_block("teacher_term").strip().splitlines()]
+    start = lines.index(printed[0])
+    assert lines[start : start + len(printed)] == printed
 
 
-# ---- code ----------------------------------------------------------------------------------------
-def test_D3_the_loss_that_readme_prints_is_the_function():
-    body = inspect.getsource(dtm.c_dtm_loss).split('"""')[2]
-    expected = [line.strip() for line in body.strip().splitlines()]
-    printed = next(block for block in code_blocks("python") if "log_z" in block)
-    assert [line.strip() for line in printed.strip().splitlines()] == expected
+class Net(nn.Module):
+    """A network of 6 positions and 4 tokens, as the block in README asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(6 * 5, 6 * 4)
+
+    def forward(self, xt, where=None):
+        logits = self.embed(nn.functional.one_hot(xt, 5).flatten(1).float()).view(-1, 6, 4)
+        return logits if where is None else logits[where]
 
 
-def test_dtm_in_fifteen_lines_tilts_a_model():
-    names = {}
-    for block in code_blocks("python"):
-        if "def tilt(" in block:
-            exec(block, names)  # our own README, not anybody's input
-    V, L = 3, 2
-    model = dtm.Table(torch.zeros((V + 1) ** L, L, V))
-    rho_0 = dtm.exact_marginal(model, V, L).detach()
-    reward = eval(re.search(r"`(lambda x1: .*?)`", README)[1])  # likewise
-    target = dtm.exact_tilt(rho_0, reward(dtm.all_sequences(V, L)), 3.0)
-    names["tilt"](model, reward, V, L, a_end=3.0, steps=60, lr=0.03)
-    after = dtm.exact_marginal(model, V, L).detach()
-    assert lab.kl(target, after) < 0.1 * lab.kl(target, rho_0)
+def test_tilt_matching_as_in_readme_raises_the_reward(tmp_path):
+    torch.manual_seed(0)
+    model = Net()
+    source = code_block("tilt_matching").replace("h=1.0)", "h=4.0, steps=40, lr=0.02)")
+    *_, before = dtm.sample(model, torch.full((400, 6), 4), 4, generator=Generator().manual_seed(1))
+    module = load(f"def use(model):\n{indent(source)}\n    return reward", tmp_path, "own_model")
+    reward = module.use(model)
+    *_, after = dtm.sample(model, torch.full((400, 6), 4), 4, generator=Generator().manual_seed(1))
+    assert reward(after).mean() > reward(before).mean() + 0.2
 
 
-def test_a_task_in_one_class_earns_its_reward(monkeypatch):
-    monkeypatch.setattr("figures.tasks.TASKS", {})
-    block = next(block for block in code_blocks("python") if "(Task)" in block)
-    exec(block, vars(llada_finetune).copy())
-    added = llada_finetune.Task.__subclasses__()[-1]()
+def indent(source: str) -> str:
+    return "\n".join(f"    {line}" for line in source.splitlines())
+
+
+def test_the_task_of_readme_earns_its_reward(tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "TASKS", dict(tasks.TASKS))
+    source = f"from llada.tasks import Task\n\n\n{code_block('(Task)')}"
+    task = load(source, tmp_path, "own_task").Shout()
     row = {"question": "Say no."}
-    assert added.prompt(row) == "Say no."
-    assert (added.reward("NO", row), added.reward("No", row)) == (1.0, 0.5)
-
-
-def variance_by_loops(rho, w, c):
-    """The demo's variance in plain loops: every state, every sequence that agrees with it."""
-    V, L = 3, 3
-    x1, total = dtm.all_sequences(V, L), 0.0
-    for mask in dtm.all_sequences(2, L)[1:].bool():
-        k = int(mask.sum())
-        for xt in torch.where(mask, V, x1).unique(dim=0):
-            here = ((x1 == xt) | mask).all(1)
-            p = rho[here] / rho[here].sum()
-            pi_a = dtm.exact_posterior(rho, xt[None])[:, mask]
-            logits = pi_a.log().expand(len(p), -1, -1).clone().requires_grad_()
-            token, w_here = x1[here][:, mask], w[here, None].expand(-1, k)
-            c_here = c
-            if c == "best":  # (D7): the q-weighted mean of y over the sequences
-                y, q = dtm.state_c_target(logits, logits, token, w_here)
-                c_here = (p[:, None] * q * y).sum(0) / (p[:, None] * q).sum(0)
-            dtm.c_dtm_loss(logits, logits, token, w_here, c_here).sum().backward()
-            gradients = logits.grad / k  # the 1/k of row_mean
-            mean = (p[:, None, None] * gradients).sum(0)
-            spread = (p[:, None, None] * (gradients - mean) ** 2).sum()
-            total += float(rho[here].sum() * spread) / (L * math.comb(L, k))
-    return total
-
-
-def test_the_demo_prints_what_readme_says():
-    lines = command("dtm.py").stdout.splitlines()
-    rows = [[cell.strip() for cell in line.split("|")] for line in lines if line.count("|") == 3]
-    rows = {row[0]: row[1:] for row in rows}
-    names = ["0", "0.5", "1", "2", "best scalar c", "best c(xt, i)"]
-    assert list(rows) == names
-    assert all(float(row[0]) < 1e-14 for row in rows.values())  # the mean gradient stays
-
-    g = Generator().manual_seed(0)
-    rho = torch.randn(27, generator=g).double().softmax(0)
-    w = dtm.tilt_weight(torch.rand(27, generator=g).double(), 3.0)
-    w = w / (rho @ w)
-    variance = {name: float(row[1]) for name, row in rows.items()}
-    for name, c in {"0": 0.0, "0.5": 0.5, "1": 1.0, "2": 2.0, "best c(xt, i)": "best"}.items():
-        assert variance[name] == pytest.approx(variance_by_loops(rho, w, c), abs=1e-4)
-    assert variance["0"] / variance["1"] == pytest.approx(3.4, abs=0.05)
-    assert variance["0"] / variance["best c(xt, i)"] == pytest.approx(4.9, abs=0.05)
-    assert variance["best c(xt, i)"] < variance["best scalar c"] <= variance["1"]
-
-    for row in rows.values():
-        kl, bound = row[2].split("<=")
-        assert 0 < float(kl) < float(bound)
-    bias = re.findall(r"(\S+) at c = ([\d.]+)", lines[-1])
-    assert [c.rstrip(".") for _, c in bias] == ["0", "0.5", "1"]
-    assert float(bias[0][0]) < 1e-12 < 1e-5 < float(bias[1][0]) < float(bias[2][0])
+    assert task.prompt(row) == "Say no."
+    assert (task.reward("NO", row), task.reward("No", row)) == (1.0, 0.5)
+    assert tasks.TASKS["shout"].prompt(row) == "Say no."
