@@ -456,7 +456,7 @@ def draw_plane(axis, result: dict, methods: dict[str, list[dict]]) -> None:
         axis.plot(costs, [(t @ values).item() for t in tilts], "k-", lw=0.5, label=label)
     axis.legend(fontsize=8, loc="lower right", frameon=False)
     axis.set(xlabel="KL to the base, nats", ylabel="mean reward", ylim=(0, 1.03), xlim=(0, None))
-    axis.set_title("These have no target; the lines are their runs", fontsize=10)
+    axis.set_title("The others have no target", fontsize=10)
 
 
 def in_own_order(trace: list[dict]) -> list[dict]:
