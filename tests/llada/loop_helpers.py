@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 from torch.testing import assert_close
+from tqdm import tqdm
 
 import llada_finetune as finetune
 from figures import toy_llada
@@ -31,8 +32,10 @@ from llada.tasks import TASKS, Task
 
 torch.set_num_threads(1)
 SIZE = toy_llada.SIZE | {"d_model": 32, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 48}
-with torch.device("meta"):  # makes torch import now what `LLaDA.from_pretrained` needs later
+# What a process would do at first use is done at import, once for all processes of `exit_codes`.
+with torch.device("meta"):
     LLaDA(SIZE)
+tqdm.get_lock()
 V, MASK, END = SIZE["vocab_size"], SIZE["mask_token_id"], SIZE["eos_token_id"]
 
 
@@ -43,27 +46,10 @@ class Uneven(Task):
     top = 2.0
     generated = True
     columns = {"letters": ("letters",)}
-    preset = {
-        "h": 4.0,
-        "a_end": 8.0,
-        "steps_per_h": 4,
-        "prompts": 16,
-        "refresh": 0,
-        "refresh_steps": 0,
-        "chunk": 5,
-        "gen_length": 16,
-        "block": 8,
-        "steps": 8,
-        "temperature": 1.0,
-        "batch": 4,
-        "accum": 2,
-        "lr": 0.01,
-        "rank": 4,
-        "alpha": 8.0,
-        "dropout": 0.0,
-        "save_every": 3,
-        "eval_rows": 4,
-    }
+    preset = {"h": 4.0, "a_end": 8.0, "steps_per_h": 4, "save_every": 3, "eval_rows": 4}
+    preset |= {"prompts": 16, "refresh": 0, "refresh_steps": 0, "batch": 4, "accum": 2}
+    preset |= {"chunk": 5, "gen_length": 16, "block": 8, "steps": 8, "temperature": 1.0}
+    preset |= {"lr": 0.01, "rank": 4, "alpha": 8.0, "dropout": 0.0}
 
     def rows(self, split: str) -> list[dict]:
         draw = random.Random(split)
@@ -123,16 +109,11 @@ def tuned(base: Path, out: Path, ranks: Ranks | None = None, **more) -> finetune
     return run
 
 
-def fill(buffer: finetune.Buffer, prompts: int) -> None:
-    for _ in buffer.fill(prompts):
-        pass
-
-
 def steps_on(run: finetune.Run, data: dict[str, Tensor], count: int = 1) -> SimpleNamespace:
-    """Train the last `count` steps of a phase whose h is a_end on these rollouts.
+    """Train the last `count` steps of a phase whose h is a_end; each draws all of these rollouts.
 
-    Every step draws all of them. Returns `gradients`, clipped, a list of tensors per step, and
-    `rows`, the number of completions in each network evaluation.
+    Returns `gradients`, clipped, a list of tensors per step, and `rows`, the number of completions
+    in each network evaluation.
     """
     assert len(data["r"]) == run.cfg.batch * run.cfg.accum
     run.buffer.data = data
@@ -160,15 +141,6 @@ def alone(run: finetune.Run, row: dict, **how) -> tuple[list[int], str]:
     return completion, run.tokenizer.completion(completion)
 
 
-def mask_by_content(x1: Tensor, mask_id: int, block: int, generator=None) -> tuple[Tensor, Tensor]:
-    """Mask as `dtm.mask_blockwise` does, with the tokens of a row in the place of randomness."""
-    k_less_1 = x1.sum(1, keepdim=True) % x1.shape[1]
-    position = torch.arange(x1.shape[1])
-    active = x1.shape[1] // block - 1 - k_less_1 // block
-    mask = (position // block == active) & (position % block <= k_less_1 % block)
-    return torch.where(mask | (position // block > active), mask_id, x1), mask
-
-
 # ---- 2. What a run leaves ------------------------------------------------------------------------
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(x, parse_constant=pytest.fail) for x in path.read_text().splitlines()]
@@ -192,7 +164,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
 
 
 def state_of(folder: Path) -> dict:
-    """Return where a run stands; the size of its log depends on how its seconds are printed."""
+    """Return where a run stands, without the size of the log, which depends on its seconds."""
     return read_json(folder / "state.json") | {"log_bytes": 0}
 
 
@@ -223,6 +195,7 @@ def command(base: Path, out: Path) -> list[str]:
     return ["train", "--model", str(base), "--out", str(out), *FLAGS.split()]
 
 
+# What is watched, and at which place it is: which call of this process, which step, which path.
 MOMENTS: dict[str, tuple[object, str, Callable[..., object]]] = {
     "rollout": (finetune.Buffer, "roll_out", lambda call, *given: call),
     "evaluation": (finetune, "evaluate", lambda call, *given: call),
@@ -274,7 +247,6 @@ def exit_codes(argv: list[str], *moments: str) -> list[int]:
     """
     context = multiprocessing.get_context("forkserver")  # imports torch once for all processes
     context.set_forkserver_preload(["loop_helpers"])
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # before Python 3.13 it is not passed on
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -282,8 +254,10 @@ def exit_codes(argv: list[str], *moments: str) -> list[int]:
         context.Process(target=one_process, args=(rank, [*moments], port, argv))
         for rank in range(len(moments))
     ]
-    for process in processes:
-        process.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the import in the fork server
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(300)
         process.kill()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import loop_helpers
 import pytest
 import torch
-from loop_helpers import MASK, Uneven, V, alone, fill, given, near, read_lines, steps_on, tuned
+from loop_helpers import MASK, Uneven, V, alone, given, near, read_lines, steps_on, tuned
 from torch import Generator, Tensor
 
 import dtm
@@ -89,14 +89,7 @@ def watched(base, out, **settings) -> SimpleNamespace:
 
 BEST = {"c": "best", "normalize": "batch", "ema": 0.6, "ess": 0.5, "h": 2.0, "a_end": 5.0}
 LEARNED = {"c": "learned", "normalize": "group", "completions": 2, "prompts": 8}
-PAPER = {
-    "c": ".5",
-    "order": "random",
-    "ema": 0.9,
-    "lora": "paper",
-    "recompute": True,
-    "steps_per_h": 2,
-}
+FOUR = {"lora": "paper", "c": ".5", "ema": 0.9, "order": "random", "recompute": True}
 
 
 @pytest.fixture(
@@ -105,7 +98,7 @@ PAPER = {
         pytest.param({"weight_decay": 0.1}, id="raw weights"),
         pytest.param(BEST, id="best scalar c"),
         pytest.param(LEARNED | {"refresh": 3, "refresh_steps": 2}, id="learned c"),
-        pytest.param(PAPER | {"prompts": 8}, id="four projections"),
+        pytest.param(FOUR | {"prompts": 8, "steps_per_h": 2}, id="four projections"),
     ],
 )
 def seen(base, tmp_path_factory, request):
@@ -296,7 +289,7 @@ def test_RUN_best_is_the_first_teacher_that_solves_most_validation_rows(seen):
 def test_rollouts_are_the_teachers_completions_as_if_each_prompt_were_alone(base, tmp_path):
     task = TASKS["uneven"]
     run = tuned(base, tmp_path, prompts=8, completions=2, temperature=0.0)
-    fill(run.buffer, 8)
+    finetune.roll_out(run, 8)
     data = run.buffer.data
     rows = data["row"].tolist()
     assert len(set(rows)) == 8 and rows[::2] == rows[1::2]
@@ -390,9 +383,7 @@ def test_what_follows_the_block_of_the_end_changes_nothing(base, tmp_path):
     assert other != ENDED
     for seed in range(4):
         runs = [tuned(base, tmp_path, seed=seed, **SHORT) for _ in range(2)]
-        one, two = (
-            steps_on(run, rollouts(x1)) for run, x1 in zip(runs, (ENDED, other), strict=True)
-        )
+        one, two = steps_on(runs[0], rollouts(ENDED)), steps_on(runs[1], rollouts(other))
         assert one.rows == two.rows
         assert torch.equal(flat(one.gradients[0]), flat(two.gradients[0]))
 
