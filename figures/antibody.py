@@ -1,412 +1,253 @@
-"""DTM on a masked language model that others trained: AntiBERTy writes an antibody's loop.
+"""`dtm.tilt_matching` on a model that others trained: AntiBERTy writes an antibody's loop.
 
     pip install transformers && pip install --no-deps antiberty==0.1.3
-    python -m figures.antibody     16 minutes on 2 idle cores; no other script needs the packages
+    python -m figures.antibody     15 minutes on two idle cores
 
-THE TASK. The heavy chain of trastuzumab, a drug against breast cancer, with 8 residues of its loop
-CDR-H3 hidden: C SR[WGGDGFYA]MDY W. A sequence is one filling; its reward asks for a loop that
-dissolves and lasts (see `reward`). There are 20^8 fillings: laws are no longer enumerated, but the
-probability of a given filling is still exact, by (D11) over the 2^8 ways to know part of it.
+The task: 6 residues in the loop CDR-H3 of trastuzumab, a drug against breast cancer, are masked:
+C SRW[GGDGFY]AMDY W. The model fills them in, and the reward asks for a loop that dissolves and
+lasts (see `reward`). The model is AntiBERTy (Ruffolo, Gray, Sulam 2021, arXiv 2112.07782, MIT
+licence), which learned to fill in single residues of antibodies. Its distribution rho_0 is that of
+`dtm.sample` in random order. `tilt_matching` trains its last layers in a few phases, once with
+c = 0 and once with c = 1, and sees nothing of the model but its logits.
 
-THE MODEL. AntiBERTy (Ruffolo, Gray, Sulam 2021, arXiv 2112.07782; MIT licence) learned to fill in
-residues of antibodies, never to write: its conditionals are no one law's, and the base rho_0 is by
-definition the law of `dtm.sample` in random order. Its last layers are tuned, in one jump: the
-weights of the whole tilt leave more than half of the rollouts (`ess`).
-
-THE METRICS (`rows` of the JSON; *_se: standard errors of sampling)
-    reward      E_theta r;  liable, distinct: shares of loops with a liability, of different loops
-    frequencies (8, 20): residues by position;  seconds: of the tuning alone
-    kl_reverse  KL(rho_theta || rho_A), nats, from `log_ratio`: exact log-probabilities but for Z
-`bases` and `tilt`: the same of rho_0, and of rho_A from rollouts of rho_0 by weights e^{A r}, whose
-effective sample size is ess.
+The reference: nobody can enumerate rho_a over 20^6 loops, but its mean reward is a ratio of two
+means over samples of rho_0, E r e^{a r} / E e^{a r}. The JSON has this estimate, its standard error
+and the effective number of samples (ess) at several tilts a. It also has, for each arm and seed,
+the mean reward of the model at each phase's start (`trace`) and at the end (`reward`).
 """
 
 import argparse
 import copy
 import functools
-import math
 import multiprocessing
-import os
-import platform
 import re
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
-from tqdm import tqdm
 
 import dtm
 import maze_lab as lab
-from dtm import c_dtm_loss, mask_random, phases, row_mean, sample, tilt_weight
-from figures.objectives import sequence_law
+from figures import command
 
 RESIDUES = "ACDEFGHIKLMNPQRSTVWY"  # in the order of the model's vocabulary
-L, V, MASK = 8, 20, 20
+L, V, MASK = 6, 20, 20
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *RESIDUES]
 CHAIN = "EVQLVESGGGLVQPGGSLRLSCAASGFNIKDTYIHWVRQAPGKGLEWVARIYPTNGYTRYADSVKGRFTISADTSKNTAYL"
-CHAIN += "QMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"
+CHAIN += "QMNSLRAEDTAVYYCSRWGGDGFYAMDYWGQGTLVTVSS"  # the heavy chain of trastuzumab
 TOKENS = torch.tensor([VOCABULARY.index(word) for word in ["[CLS]", *CHAIN, "[SEP]"]])
-START = 1 + CHAIN.index("WGGDGFYA")  # of the loop, among the tokens
-PACKAGES = {"transformers": "transformers", "antiberty": "--no-deps antiberty==0.1.3"}
+START = 1 + CHAIN.index("GGDGFYA")  # of the loop, among the tokens
 HYDROPATHY = {"I": 4.5, "V": 4.2, "L": 3.8, "F": 2.8, "C": 2.5, "M": 1.9, "A": 1.8, "G": -0.4}
 HYDROPATHY |= {"T": -0.7, "S": -0.8, "W": -0.9, "Y": -1.3, "P": -1.6, "H": -3.2, "E": -3.5}
 HYDROPATHY |= {"Q": -3.5, "D": -3.5, "N": -3.5, "K": -3.9, "R": -4.5}
 LIABILITY = re.compile("(?=N[^P][ST]|N[GS]|D[GS]|C)")
-ARMS = ["c = 0", "c = 1", "learned c"]
+INSTALL = "pip install transformers && pip install --no-deps antiberty==0.1.3"
+ARMS = {"c = 0": 0.0, "c = 1": 1.0}
+SETTINGS = {"a_end": 6.0, "h": 2.0, "rollouts": 384, "steps": 50, "batch": 64, "lr": 5e-4}
+TRAINED, DRAWS, BASE_DRAWS = 3, 512, 512  # layers; draws per trained model; per part of the base's
 
 
-@dataclass
-class Config:
-    a_end: float = 6.0  # the tilt A, per unit of reward
-    h: float = 6.0  # tilt increment of a phase
-    rollouts: int = 1536  # of a phase
-    steps: int = 90  # of a phase
-    batch: int = 64
-    lr: float = 1.5e-4
-    layers: int = 3  # the last ones of 8 are tuned
-    judged: int = 512  # draws from the tuned model
-    laws: int = 32  # of these, with their exact probability
-    base: int = 4096  # rollouts of the base, for log Z and the tilt
-
-
-QUICK = {"rollouts": 128, "steps": 10, "judged": 64, "laws": 4, "base": 256}
-
-
-# ---- The task -----------------------------------------------------------------------------------
 def reward(x: Tensor) -> Tensor:
-    """r (n,) in [0, 1] of loops x (n, 8): hydrophilicity, halved for each known liability.
-    Hydrophilicity is the mean Kyte-Doolittle hydropathy, turned round and scaled from 0 (all I) to
-    1 (all R): hydrophobic loops stick to each other. Liabilities, by a residue where one begins:
-    N-glycosylation N-X-S/T (X not P), deamidation NG NS, isomerisation DG DS, a free cysteine.
-    The frame around the loop (SR, MDY) can neither begin nor end one, so the loop tells all."""
+    """Return the reward of loops x (n, 6), (n,): hydrophilicity, less 0.1 for each liability.
+
+    Hydrophilicity is the negated mean Kyte-Doolittle hydropathy, scaled to run from 0 (all I) to 1
+    (all R), since hydrophobic loops stick to each other. The liabilities are the sites of
+    N-glycosylation N-X-S/T (X not P), of deamidation NG and NS, of isomerisation DG and DS, and a
+    free cysteine. The residues beside the loop (RW, AM) can neither begin nor end one.
+    """
     scale = torch.tensor([(4.5 - HYDROPATHY[residue]) / 9 for residue in RESIDUES])
-    halvings = torch.tensor([len(LIABILITY.findall(loop)) for loop in letters(x)])
-    return scale[x].mean(1) * 0.5**halvings
+    loops = ["".join(RESIDUES[v] for v in row) for row in x.tolist()]
+    liabilities = torch.tensor([len(LIABILITY.findall(loop)) for loop in loops])
+    return scale[x].mean(1) - 0.1 * liabilities
 
 
-def letters(x: Tensor) -> list[str]:
-    return ["".join(RESIDUES[v] for v in row) for row in x.tolist()]
-
-
-# ---- The model ----------------------------------------------------------------------------------
 class LoopModel(nn.Module):
-    """A BERT under the model protocol of dtm.py: xt (B, L) are the residues 0 to 19 of the loop, or
-    MASK. The frame is read once, by the base and with the loop hidden; its hidden states are then
-    constants which the loop attends to. So a state costs 8 tokens, not 121."""
+    """A BERT under the model protocol of dtm.py; xt (B, 6) are residues 0 to 19, or MASK.
+
+    The rest of the chain is read once, with the loop masked. Its hidden states are constants that
+    the loop attends to, so that a state costs 6 tokens instead of 122.
+    """
 
     def __init__(self, bert: nn.Module):
         super().__init__()
         self.bert = bert
         self.token = torch.tensor([VOCABULARY.index(residue) for residue in [*RESIDUES, "[MASK]"]])
         self.place = torch.arange(START, START + L)[None]
-        self.frame = []  # (1, T, D) a layer
+        self.chain = []  # for each layer, the hidden states around the loop, (116, width)
         with torch.no_grad():
-            hidden = TOKENS.index_fill(0, self.place[0], self.token[MASK])
-            h = bert.bert.embeddings(input_ids=hidden[None])
+            masked = TOKENS.index_fill(0, self.place[0], self.token[MASK])
+            hidden = bert.bert.embeddings(input_ids=masked[None])
             for layer in bert.bert.encoder.layer:
-                self.frame.append(torch.cat([h[:, :START], h[:, START + L :]], 1))
-                h = read(layer, h, h[:, :0])
+                self.chain.append(torch.cat([hidden[0, :START], hidden[0, START + L :]]))
+                hidden = run_layer(layer, hidden, hidden[0, :0])
 
     def forward(self, xt: Tensor, where: Tensor | None = None) -> Tensor:
-        states, which = xt.unique(dim=0, return_inverse=True)  # each is read once
+        states, which = xt.unique(dim=0, return_inverse=True)  # each state is read once
         logits = torch.cat([self.fill(part) for part in states.split(256)])[which]
         return logits if where is None else logits[where]
 
     def fill(self, xt: Tensor) -> Tensor:
-        h = self.bert.bert.embeddings(input_ids=self.token[xt], position_ids=self.place)
-        for layer, frame in zip(self.bert.bert.encoder.layer, self.frame, strict=True):
-            h = read(layer, h, frame)
-        return self.bert.cls(h)[..., self.token[:V]]  # no other token is ever drawn
+        hidden = self.bert.bert.embeddings(input_ids=self.token[xt], position_ids=self.place)
+        for layer, chain in zip(self.bert.bert.encoder.layer, self.chain, strict=True):
+            hidden = run_layer(layer, hidden, chain)
+        return self.bert.cls(hidden)[..., self.token[:V]]  # the logits of the 20 residues
 
 
-def read(layer: nn.Module, h: Tensor, frame: Tensor) -> Tensor:
-    """One layer for h (B, T, D), which attends to itself and to the frame (1, T', D)."""
+def run_layer(layer: nn.Module, hidden: Tensor, chain: Tensor) -> Tensor:
+    """Return the layer's output for hidden (B, T, D), which attends to itself and to the chain."""
     attention = layer.attention.self
 
-    def heads(t: Tensor) -> Tensor:
-        split = t.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        return split.expand(len(h), -1, -1, -1)
+    def heads(t: Tensor) -> Tensor:  # (..., heads, T, D / heads)
+        return t.unflatten(-1, (attention.num_attention_heads, -1)).transpose(-3, -2)
 
-    keys = torch.cat([heads(attention.key(frame)), heads(attention.key(h))], 2)
-    values = torch.cat([heads(attention.value(frame)), heads(attention.value(h))], 2)
-    mixed = F.scaled_dot_product_attention(heads(attention.query(h)), keys, values)
-    h = layer.attention.output(mixed.transpose(1, 2).flatten(2), h)
-    return layer.output(layer.intermediate(h), h)
-
-
-def load_bert() -> nn.Module:
-    """The published weights, as data: no code of their package runs."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    folder = Path(find_spec("antiberty").origin).parent / "trained_models"
-    dtm.check((folder / "vocab.txt").read_text().split() == VOCABULARY, "another vocabulary")
-    bert = BertForMaskedLM(BertConfig.from_json_file(folder / "AntiBERTy_md_smooth/config.json"))
-    file = folder / "AntiBERTy_md_smooth/pytorch_model.bin"
-    weights = torch.load(file, map_location="cpu", weights_only=True)
-    missing = bert.load_state_dict(weights, strict=False).missing_keys
-    dtm.check(not missing, f"the weights of AntiBERTy lack {missing}")
-    return bert.eval()  # without dropout
+    query, key, value = (
+        heads(project(hidden)) for project in (attention.query, attention.key, attention.value)
+    )
+    chain_key, chain_value = heads(attention.key(chain)), heads(attention.value(chain))
+    # One product for all rows of the batch: the chain is not copied for each of them.
+    chain_scores = torch.einsum("bhqd,hkd->bhqk", query, chain_key)
+    scores = torch.cat([chain_scores, query @ key.mT], -1) / query.shape[-1] ** 0.5
+    chain_share, share = scores.softmax(-1).split([len(chain), hidden.shape[1]], -1)
+    mixed = torch.einsum("bhqk,hkd->bhqd", chain_share, chain_value) + share @ value
+    hidden = layer.attention.output(mixed.transpose(1, 2).flatten(2), hidden)
+    return layer.output(layer.intermediate(hidden), hidden)
 
 
 @functools.cache
 def base_model() -> LoopModel:
-    return LoopModel(load_bert()).requires_grad_(False)
+    """Return the published model without dropout. None of its package's code runs."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    folder = Path(find_spec("antiberty").origin).parent / "trained_models"
+    words = (folder / "vocab.txt").read_text().split()
+    dtm.check(words == VOCABULARY, "AntiBERTy has another vocabulary; install antiberty==0.1.3")
+    folder = folder / "AntiBERTy_md_smooth"
+    bert = BertForMaskedLM(BertConfig.from_json_file(folder / "config.json"))
+    weights = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
+    missing = bert.load_state_dict(weights, strict=False).missing_keys
+    dtm.check(not missing, f"AntiBERTy lacks the weights {missing}; install antiberty==0.1.3")
+    return LoopModel(bert.eval()).requires_grad_(False)
 
 
-@torch.no_grad()
-def frame_kl(model: LoopModel, x: Tensor, noise: Generator) -> float:
-    """What the constant frame costs: KL, nats a masked residue, from the whole model's guess."""
-    xt, mask = mask_random(x, MASK, noise)
-    tokens = TOKENS.repeat(len(x), 1)
-    tokens[:, model.place[0]] = model.token[xt]
-    whole = model.bert(input_ids=tokens).logits[:, model.place[0]][..., model.token[:V]]
-    p, q = whole[mask].log_softmax(-1), model(xt, mask).log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).mean().item()
+def draw_rewards(model: LoopModel, n: int, noise: Generator) -> Tensor:
+    *_, x1 = dtm.sample(model, torch.full((n, L), MASK), MASK, generator=noise)
+    return reward(x1)
 
 
-# ---- The loop -----------------------------------------------------------------------------------
-def tilt(model: LoopModel, control, cfg: Config, noise: Generator) -> None:
-    """README's `tilt`, with a control variate and the lab's step; tunes the model in place."""
-    optimiser = lab.adam(model)
-    for _, h in phases(cfg.a_end, cfg.h):
-        teacher = copy.deepcopy(model).requires_grad_(False)
-        x1 = draw_loops(teacher, cfg.rollouts, noise)
-        w = tilt_weight(reward(x1), h, normalize=True)
-        for step in range(cfg.steps):
-            i = torch.randint(len(x1), (cfg.batch,), generator=noise)
-            xt, mask = mask_random(x1[i], MASK, noise)
-            token, w_i, c = x1[i][mask], lab.spread(w[i], mask), control(xt, mask)
-            logits, logits_a = model(xt, mask), teacher(xt, mask)
-            loss = c_dtm_loss(logits, logits_a, token, w_i, c)
-            lab.take_step(optimiser, row_mean(loss, mask), cfg.lr * (1 - step / cfg.steps))
-            control.learn(c, logits.detach(), logits_a, token, w_i, mask)
+def run_base(part: int) -> list[float]:
+    """Return rewards of the base model's samples. Arms never use seeds from 1000."""
+    return draw_rewards(base_model(), BASE_DRAWS, Generator().manual_seed(1000 + part)).tolist()
 
 
-def draw_loops(model: LoopModel, n: int, noise: Generator) -> Tensor:
-    *_, x1 = sample(model, torch.full((n, L), MASK), MASK, generator=noise)
-    return x1
-
-
-class LearnedC(lab.LearnedC):
-    """The lab's c(xt, i), for 20 tokens."""
-
-    def __init__(self, seed: int, hidden: int = 64):
-        noise = Generator().manual_seed(seed)
-        self.net = nn.Sequential(nn.Linear(L * (V + 1), hidden), nn.ReLU(), nn.Linear(hidden, L))
-        for weight in self.net.parameters():
-            nn.init.normal_(weight, std=0.05, generator=noise)
-        self.optimiser = lab.adam(self.net)
-
-    def __call__(self, xt: Tensor, mask: Tensor) -> Tensor:
-        return (1 + self.net(F.one_hot(xt, V + 1).flatten(1).float()))[mask]
-
-
-# ---- The judge ----------------------------------------------------------------------------------
-def run_base(n: int, part: int) -> Tensor:
-    """Rollouts of the base, (n, L); the seeds of the arms stay below 1000."""
-    return draw_loops(base_model(), n, Generator().manual_seed(1000 + part))
-
-
-def run_arm(cfg: Config, arm: str, seed: int) -> dict:
-    noise = Generator().manual_seed(seed)
-    control = LearnedC(seed) if arm == "learned c" else lab.FixedC(float(arm[4:]))
+def run_arm(name: str, seed: int) -> dict:
+    """Return the mean reward of a trained model, and of its rollouts on the way."""
+    start, noise, trace = time.time(), Generator().manual_seed(seed), []
     model = copy.deepcopy(base_model())
-    model.bert.bert.encoder.layer[-cfg.layers :].requires_grad_(True)
-    clock = time.perf_counter()
-    tilt(model, control, cfg, noise)
-    row = {"arm": arm, "seed": seed, "seconds": time.perf_counter() - clock}
-    x = draw_loops(model, cfg.judged, noise)
-    ratio = log_ratio(model, base_model(), x[: cfg.laws], cfg.a_end)
-    return row | describe(x) | {"log_ratio": ratio.tolist()}
+    model.bert.bert.encoder.layer[-TRAINED:].requires_grad_(True)
+
+    def watch(a: float, rewards: Tensor, model: nn.Module) -> None:
+        trace.append({"a": a, "reward": rewards.mean().item()})
+
+    dtm.tilt_matching(
+        model, reward, MASK, L, c=ARMS[name], generator=noise, watch=watch, **SETTINGS
+    )
+    final = draw_rewards(model, DRAWS, noise).mean().item()
+    trace.append({"a": SETTINGS["a_end"], "reward": final})
+    row = {"arm": name, "seed": seed, "reward": final, "trace": trace}
+    return row | {"seconds": time.time() - start}
 
 
-def describe(x: Tensor, w: Tensor | None = None) -> dict:
-    """What draws x (n, L), with weights w (n,), tell of their law."""
-    w = torch.ones(len(x)) if w is None else w
-    r, p = reward(x), w / w.sum()
-    mean = p @ r
-    liable = torch.tensor([bool(LIABILITY.search(loop)) for loop in letters(x)]).float()
-    return {
-        "reward": mean.item(),
-        "reward_se": (p * (r - mean)).norm().item(),
-        "liable": (p @ liable).item(),
-        "ess": 1 / p.square().sum().item(),
-        "distinct": len(x.unique(dim=0)) / len(x),
-        "frequencies": (p[:, None, None] * F.one_hot(x, V)).sum(0).tolist(),
-    }
+def tilted_mean(r: Tensor, a: float) -> dict:
+    """Return the mean reward under rho_a, from rewards r (n,) of rho_0, by weights e^{a r}."""
+    share = (a * r).softmax(0)
+    mean = share @ r
+    error = (share * (r - mean)).norm()  # of a ratio of two means, by the delta method
+    ess = 1 / share.square().sum()
+    return {"a": a, "reward": mean.item(), "error": error.item(), "ess": ess.item()}
 
 
-@torch.no_grad()
-def log_ratio(model, base, x: Tensor, a: float, reward=reward, mask_id: int = MASK) -> Tensor:
-    """log rho_a + log Z - log rho_theta (n,), exact but for log Z, of sequences x (n, L)."""
-    log_p = sequence_law(model, x, mask_id).log()
-    return sequence_law(base, x, mask_id).log() + a * reward(x) - log_p
-
-
-def kl_reverse(ratio: Tensor, log_z: float) -> tuple[float, float]:
-    """KL(rho_theta || rho_a) with its standard error, from `log_ratio` of draws of rho_theta.
-    Where R = log rho_a - log rho_theta, E e^R = 1; so e^R - 1 - R has the mean of -R, less variance
-    where R is small, and, to first order, no error from that of log Z."""
-    gap = (ratio - log_z).expm1() - (ratio - log_z)
-    return gap.mean().item(), gap.std().item() / math.sqrt(len(gap))
-
-
-def log_mean(w: Tensor) -> tuple[float, float]:
-    """log E w with its standard error, by the delta method."""
-    return w.mean().log().item(), (w.std() / w.mean()).item() / math.sqrt(len(w))
-
-
-def experiment(cfg: Config, seeds: list[int], jobs: int) -> dict:
-    """Every arm on every seed, and the base's rollouts in parts, a process a core."""
+def experiment(seeds: list[int], jobs: int, parts: int) -> dict:
+    """Return the result: every arm on every seed, and the tilt from `parts` samples of the base."""
     start = time.time()
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))  # one thread each
-    try:
-        parts = [pool.submit(run_base, cfg.base // 8, part) for part in range(8)]
-        arms = [pool.submit(run_arm, cfg, arm, seed) for seed in seeds for arm in ARMS]
-        bar = tqdm([*parts, *arms], unit="run", smoothing=0)
-        done = [future.result() for future in bar]
-    finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C, too, nothing more is begun
-    x, rows = torch.cat(done[:8]), done[8:]
-    w = (cfg.a_end * reward(x)).exp()
-    log_z, log_z_se = log_mean(w)
-    for row in rows:
-        ratio = torch.tensor(row["log_ratio"], dtype=torch.float64)
-        row["kl_reverse"], row["kl_reverse_se"] = kl_reverse(ratio, log_z)
-    base = describe(x)
-    base["kl_reverse"] = log_z - cfg.a_end * base["reward"]  # KL(rho_0 || rho_A)
-    base["frame_kl"] = frame_kl(base_model(), x[:64], Generator().manual_seed(0))
+    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        base = [pool.submit(run_base, part) for part in range(parts)]
+        runs = [pool.submit(run_arm, name, seed) for name in ARMS for seed in seeds]
+        rows = [run.result() for run in runs]
+        r = torch.tensor([x for part in base for x in part.result()], dtype=torch.float64)
+    arms = {}
+    for name in ARMS:
+        finals = [row for row in rows if row["arm"] == name]
+        arms[name] = dict(
+            zip(("reward", "error"), lab.mean_and_error(finals, "reward"), strict=True)
+        )
+    tilts = torch.linspace(0, SETTINGS["a_end"], 13).tolist()
     return {
         "seeds": seeds,
+        "settings": SETTINGS,
+        "layers": TRAINED,
+        "tilt": [tilted_mean(r, a) for a in tilts],
+        "arms": arms,
+        "rows": rows,
         "seconds": time.time() - start,
-        "config": asdict(cfg),
-        "arms": [{"name": arm} for arm in ARMS],
-        "machine": {"system": platform.platform(), "cores": os.cpu_count(), "device": "cpu"},
-        "versions": {name: version(name) for name in ("torch", *PACKAGES)},
-        "bases": [base],
-        "tilt": describe(x, w) | {"log_z": log_z, "log_z_se": log_z_se},
-        "rows": sorted(rows, key=lambda row: (ARMS.index(row["arm"]), row["seed"])),
+        "versions": {name: version(name) for name in ("torch", "transformers", "antiberty")},
     }
 
 
-# ---- Figure and command -------------------------------------------------------------------------
-COLUMNS = {"reward": "reward", "kl_reverse": "KL(theta||A)", "liable": "with a liability"}
+def title_of(result: dict) -> str:
+    target = result["tilt"][-1]["reward"]
+    gaps = {name: abs(arm["reward"] - target) for name, arm in result["arms"].items()}
+    return (
+        f"With c = 1 the trained model ends {gaps['c = 1']:.3f} from the mean reward of the exact "
+        f"tilt; with c = 0 it ends {gaps['c = 0']:.3f} away"
+    )
 
 
-def draw(result: dict, path: Path) -> Path:
-    """Left: mean rewards, with the standard error of the seeds. Right: what the loops look like."""
-    plt = lab.pyplot()
-    figure = plt.figure(figsize=(8.8, 4.2), layout="constrained")
-    grid = figure.add_gridspec(3, 2)
-    dots, arms = figure.add_subplot(grid[:, 0]), lab.by_arm(result)
-    base, tilted = result["bases"][0], result["tilt"]
-    above = {"textcoords": "offset points", "ha": "center"}
-    groups = {"base": [base], "tilt by weights": [tilted], **arms}
-    for place, (name, rows) in enumerate(groups.items()):
-        mean, error = lab.mean_and_error(rows, "reward")
-        error = error if len(rows) > 1 else rows[0]["reward_se"]
-        if name != "tilt by weights":
-            distance = lab.mean_and_error(rows, "kl_reverse")[0]
-            dots.annotate(f"KL {distance:.2f}", (mean, place), (0, 8), **above)
-        dots.errorbar(mean, place, xerr=error, fmt="o", capsize=4, color=lab.COLOURS[place])
-    dots.axvline(tilted["reward"], color=lab.COLOURS[1], lw=0.8, zorder=0)
-    dots.set_yticks(range(len(groups)), groups)
-    dots.set(xlabel="mean reward; KL(rho_theta || rho_A), nats", ylim=(4.6, -0.6))
-    dots.margins(x=0.1)
-    nearest = min(arms, key=lambda name: lab.mean_and_error(arms[name], "kl_reverse")[0])
-    tuned = torch.tensor([row["frequencies"] for row in arms[nearest]]).mean(0)
-    logos = {"base": base["frequencies"], "tilt by weights": tilted["frequencies"], nearest: tuned}
-    for place, (name, frequencies) in enumerate(logos.items()):
-        axis = figure.add_subplot(grid[place, 1])
-        draw_logo(axis, name, torch.as_tensor(frequencies))
-    axis.set_xlabel("trastuzumab's own residues")
-    end = lab.mean_and_error(arms[nearest], "reward")[0]
-    share = (end - base["reward"]) / (tilted["reward"] - base["reward"])
-    rise = f"from {base['reward']:.2f} to {end:.2f}, {share:.0%} of the way to the tilt's"
-    figure.suptitle(f"Tuning lifts the mean reward {rise}")
-    return lab.save_figure(figure, path)
+def draw(result: dict, path: Path) -> None:
+    """Draw the mean reward along the tilt: of each arm, and of rho_a by importance weights."""
+    figure, (axis,) = command.new_figure(columns=1, height=3.6)
+    points = [[point[key] for point in result["tilt"]] for key in ("a", "reward", "error")]
+    a, mean, error = torch.tensor(points)
+    axis.plot(a, mean, color="0.5", label="exact tilt, by importance weights")
+    axis.fill_between(a, mean - error, mean + error, color="0.85")
+    for name in result["arms"]:
+        traces = [row["trace"] for row in result["rows"] if row["arm"] == name]
+        for points in zip(*traces, strict=True):  # one phase of all seeds
+            mean, error = lab.mean_and_error(points, "reward")
+            label = f"{name}, {len(traces)} seeds" if points[0]["a"] == 0 else None
+            style = {"fmt": "o" if name == "c = 1" else "s", "ms": 5, "capsize": 3}
+            style |= {"color": command.COLOURS[name], "label": label}
+            axis.errorbar(points[0]["a"], mean, error, **style)
+    axis.legend(frameon=False, loc="lower right")
+    axis.set(xlabel="tilt a", ylabel="mean reward of sampled loops")
+    command.save_figure(figure, title_of(result), path)
 
 
-def draw_logo(axis, title: str, p: Tensor) -> None:
-    """Letters as high as their frequency p (L, V): hydrophilic ones, in blue, at the bottom,
-    hydrophobic ones, in orange, on top."""
-    from matplotlib.patches import PathPatch
-    from matplotlib.textpath import TextPath
-    from matplotlib.transforms import Affine2D
-
-    for place, heights in enumerate(p.tolist()):
-        bottom = 0.0
-        for residue in sorted(RESIDUES, key=HYDROPATHY.get):
-            height = heights[RESIDUES.index(residue)]
-            if height > 0.005:  # a lower one could not be seen
-                outline = TextPath((0, 0), residue, size=1)
-                box = outline.get_extents()
-                fit = Affine2D().translate(-box.x0, -box.y0)
-                fit.scale(0.9 / box.width, height / box.height).translate(place - 0.45, bottom)
-                outline = fit.transform_path(outline)
-                axis.add_patch(PathPatch(outline, lw=0, color=shade(residue)))
-            bottom += height
-    axis.set(xlim=(-0.5, len(p) - 0.5), ylim=(0, 1), yticks=(0, 1))
-    axis.set_xticks(range(len(p)), CHAIN[START - 1 :][: len(p)])
-    axis.set_title(title, fontsize=10, loc="left")
-
-
-def shade(residue: str) -> str:
-    if HYDROPATHY[residue] < -3:
-        return lab.COLOURS[6]
-    return lab.COLOURS[1] if HYDROPATHY[residue] > 1.5 else lab.COLOURS[7]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="DTM on AntiBERTy, a published antibody model.")
+def main(argv: list[str] | None = None) -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
-    add("--seeds", type=int, help="runs per arm, from seed 0 on (default 3, with --quick 1)")
-    add("--quick", action="store_true", help=f"a sketch in two minutes: {QUICK}")
-    add("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes (default 2)")
-    add("--out", type=Path, default=Path("figures"), help="folder of results (default figures)")
-    add("--plot-only", action="store_true", help="only draw the results in --out again")
-    args = parser.parse_args()
-    args.script = "python -m figures.antibody"
-    if args.seeds is None:
-        args.seeds = 1 if args.quick else 3
-    if args.plot_only:
-        lab.redraw(parser, args, draw)
-        return
-    check_settings(parser, args)
-    cfg = Config(**QUICK if args.quick else {})
-    try:
-        result = experiment(cfg, list(range(args.seeds)), args.jobs)
-    except ValueError as error:
-        sys.exit(f"stopped: {error}")
-    result["command"] = " ".join([args.script, *sys.argv[1:]])
-    file = args.out / ("quick_antibody.json" if args.quick else "antibody.json")
-    lab.save_result(file, result)
-    for name, law in {"base": result["bases"][0], "tilt": result["tilt"]}.items():
-        print(f"{name}: reward {law['reward']:.3f} +- {law['reward_se']:.3f}", end="; ")
-    print(f"{result['seconds']:.0f} s; each arm's mean +- standard error over its seeds:")
-    print(lab.format_table(result, COLUMNS).partition("\n")[2])
-    print("wrote", file, draw(result, file.with_suffix(".png")))
-
-
-def check_settings(parser: argparse.ArgumentParser, args) -> None:
-    """What cannot be stops here, with one sentence."""
-    missing = [f"pip install {PACKAGES[name]}" for name in PACKAGES if not find_spec(name)]
-    if missing:
-        parser.error(f"this script alone needs a published model: {' && '.join(missing)}")
-    if not (0 < args.seeds <= 1000 and args.jobs > 0):
-        parser.error("--seeds must be 1 to 1000, and --jobs at least 1")
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(f"--out {args.out}: {error}")
+    add("--seeds", type=int, default=5, help="Run this many seeds (default 5).")
+    add("--first-seed", type=int, default=0, help="Number the seeds from here (default 0).")
+    add("--jobs", type=int, default=lab.processors(), help="Run this many processes.")
+    text = "Write antibody.png to this folder and the JSON to its subfolder data."
+    add("--out", type=Path, default=Path("runs/antibody"), help=f"{text} (default runs/antibody)")
+    args = parser.parse_args(argv)
+    if not all(find_spec(package) for package in ("transformers", "antiberty")):
+        sys.exit(f"This script needs a model that others trained; install it: {INSTALL}")
+    result = experiment(list(range(args.first_seed, args.first_seed + args.seeds)), args.jobs, 8)
+    given = sys.argv[1:] if argv is None else argv
+    result["command"] = " ".join(["python -m figures.antibody", *given])
+    for name, mean in {"exact tilt": result["tilt"][-1], **result["arms"]}.items():
+        print(f"{name:>10}: mean reward {mean['reward']:.4f} +- {mean['error']:.4f}")
+    print("The numbers are in", lab.save_result(args.out, "antibody", result))
+    draw(result, args.out / "antibody.png")
+    print("The picture is", args.out / "antibody.png")
 
 
 if __name__ == "__main__":
