@@ -115,7 +115,7 @@ def tilt_matching(
     check(trained, "tilt_matching: no parameter requires a gradient; call model.requires_grad_()")
     device = trained[0].device
     generator = generator or Generator(device).manual_seed(0)
-    optimiser = torch.optim.Adam(trained, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(trained, betas=(0.9, 0.99))
     blank = torch.full((rollouts, length), mask_id, device=device)
     for a, increment in phases(a_end, h):  # steps 1, 5 and 6
         teacher = copy.deepcopy(model).eval().requires_grad_(False)  # step 2
@@ -132,23 +132,23 @@ def tilt_matching(
             with torch.no_grad():
                 logits_a = teacher(xt, mask)  # (M, V)
             loss = c_dtm_loss(model(xt, mask), logits_a, x1[rows][mask], w_masked, c)  # step 4
-            take_step(optimiser, mean_over_masked(loss, mask), peak * (1 - step / steps))
+            take_step(optimizer, mean_over_masked(loss, mask), peak * (1 - step / steps))
         if watch:
             watch(a, rewards, model)
     return model
 
 
-def take_step(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     """Take a step with the gradient clipped to norm 1; ValueError if the loss is not finite."""
     value = loss.item()  # a GPU waits here, once per step
     advice = "lower lr or h, and ban a token by the logit -1e4, not by -inf"
     check(math.isfinite(value), f"the loss of this step is {value}; {advice}")
-    group = optimiser.param_groups[0]
+    group = optimizer.param_groups[0]
     group["lr"] = lr
-    optimiser.zero_grad()
+    optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimiser.step()
+    optimizer.step()
 
 
 # ---- 2. The tilt --------------------------------------------------------------------------------
@@ -802,15 +802,15 @@ class Enumeration:
         """Return a student after 60 steps on 128 samples each."""
         noise = Generator().manual_seed(seed)
         student = Table(self.teacher.logits.detach().clone())
-        optimiser = torch.optim.Adam(student.parameters(), lr=0.05)
+        optimizer = torch.optim.Adam(student.parameters(), lr=0.05)
         for i in self.rho.multinomial(60 * 128, True, generator=noise).split(128):
             x1 = all_sequences(self.V, self.L)[i]
             xt, mask = mask_random(x1, self.V, noise)
             c_here = c[state_number(xt, self.V)]  # (B, L)
             loss = c_dtm_loss(student(xt), self.teacher(xt), x1, self.w[i, None], c_here)
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             mean_over_masked(loss, mask).backward()
-            optimiser.step()
+            optimizer.step()
         return student.requires_grad_(False)
 
     def bias(self, c: float) -> float:

@@ -192,7 +192,7 @@ def tilt(
     # 1. Start with teacher = student = base.
     student = copy.deepcopy(base)
     teacher = tabulate(student, maze.L)
-    optimiser = adam(student)  # its state is kept over the phases; the authors' code clears it
+    optimizer = adam(student)  # its state is kept over the phases; the authors' code clears it
     control = make_control(arm, maze.L, device)
     a = 0.0
     plan = phase_sizes(cfg, arm.phases or cfg.phases)
@@ -221,7 +221,7 @@ def tilt(
             else:
                 loss = arm.loss(logits, logits_a, token, w_i, c)  # (D3) or (D5)
             share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  gives each row the same share
-            dtm.take_step(optimiser, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
+            dtm.take_step(optimizer, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
                 c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_i, share=share
             )
@@ -278,14 +278,14 @@ class ScalarC(FixedC):
 class LearnedC:
     """c(xt, i) is a small net that reads the state xt and regresses on the targets of (D7) (ours).
 
-    It starts near 1, and it has its own optimiser.
+    It starts near 1, and it has its own optimizer.
     """
 
     def __init__(self, L: int, device: torch.device, hidden: int = 64):
         state, relu = nn.Linear(L * (V + 1), hidden), nn.ReLU()
         inner, out = nn.Linear(hidden, hidden), nn.Linear(hidden, L)
         self.net = nn.Sequential(state, relu, inner, relu, out).to(device)
-        self.optimiser = adam(self.net)
+        self.optimizer = adam(self.net)
 
     def __call__(self, xt: Tensor, masked: tuple[Tensor, Tensor]) -> Tensor:
         state = F.one_hot(xt, V + 1).flatten(1)  # (B, L (V + 1))
@@ -295,7 +295,7 @@ class LearnedC:
     def learn(self, c, *, logits, logits_a, token, w, share) -> None:
         # At theta = teacher the target y is w, which has less noise than y at the student.
         y, q = dtm.control_variate_targets(logits_a, logits_a, token, w)
-        dtm.take_step(self.optimiser, (share * q * (c - y) ** 2).sum(), lr=2e-3)
+        dtm.take_step(self.optimizer, (share * q * (c - y) ** 2).sum(), lr=2e-3)
 
 
 def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
@@ -476,13 +476,13 @@ def train_base(maze: Maze, cfg: Config, seed: int, device: str) -> MazeNet:
     net = MazeNet(maze.L, cfg).to(device)
     walker = Generator().manual_seed(seed)
     noise = Generator(device).manual_seed(seed)
-    optimiser = adam(net)
+    optimizer = adam(net)
     for step in range(cfg.base_steps):
         x1 = maze.walks(cfg.base_batch, walker).to(device)  # (B, L)
         xt, mask = dtm.mask_random(x1, MASK, noise)
         loss = F.cross_entropy(net(xt, mask), x1[mask], reduction="none")  # (M,)
         lr = cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps)  # with a warm-up
-        dtm.take_step(optimiser, dtm.mean_over_masked(loss, mask), lr)
+        dtm.take_step(optimizer, dtm.mean_over_masked(loss, mask), lr)
     return net
 
 

@@ -191,11 +191,11 @@ def compete(
     meter = Meter()
     student = copy.deepcopy(base)
     net, reference = meter.watch(student), meter.watch(lab.tabulate(base, maze.L))
-    optimiser = lab.adam(student)
+    optimizer = lab.adam(student)
     extra = None
     if method.extra:
         module = method.extra(maze.L).to(device)
-        optimiser.add_param_group({"params": module.parameters(), "lr": module.lr})
+        optimizer.add_param_group({"params": module.parameters(), "lr": module.lr})
         extra = meter.watch(module, relative_cost(module, student, maze.L))
     total = budget(cfg, maze.L)
     clock = time.perf_counter()
@@ -212,7 +212,7 @@ def compete(
             progress = (before - start) / max(stop - start - cost, 1.0)
             batch = draw_batch(whole, cfg.batch, extra=extra, progress=min(1.0, progress))
             loss = method.objective(batch)
-            dtm.take_step(optimiser, loss, learning_rate(method, k, progress, meter.spent / total))
+            dtm.take_step(optimizer, loss, learning_rate(method, k, progress, meter.spent / total))
             cost = meter.spent - before
         if (k + 1) % max(1, method.rounds // 16) == 0:
             seconds += time.perf_counter() - clock

@@ -72,9 +72,9 @@ def test_the_batch_loss_is_the_mean_over_masked_positions(monkeypatch):
         losses.append(dtm.c_dtm_loss(*args))
         return losses[-1]
 
-    def take_step(optimiser, loss, lr):
+    def take_step(optimizer, loss, lr):
         batch_losses.append(loss.detach())
-        plain_step(optimiser, loss, lr)
+        plain_step(optimizer, loss, lr)
 
     plain_mask, plain_step = dtm.mask_random, dtm.take_step
     base = base_net()
