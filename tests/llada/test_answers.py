@@ -24,7 +24,7 @@ def worker():
     """A worker of these tests, whose questions may take two seconds."""
     worker = answers.Worker()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(answers, "SECONDS", 2)
+        patch.setattr(answers, "SECONDS_PER_QUESTION", 2)
         yield worker
     worker.stop()
 
@@ -95,8 +95,10 @@ def test_a_reward_sees_the_last_closed_answer_and_in_it_the_last_box(text):
 # ---- Comparing answers ---------------------------------------------------------------------------
 VECTOR = r"\begin{pmatrix} %s \\ %s \end{pmatrix}"
 BOLD = [r"\mathbf{6}", r"\textbf{6}", r"\bm{6}", r"\underline{6}", "**6**", "**6.**", "6."]
-SIX = [r"6\text{ cm}^2", "6 sq. ft.", "6^{\\text{th}}", "6th", "6°", r"6^\circ", r"\text{6 eggs}"]
-SIX += ["x = 6", "2+4=6", "$6$", r"\(6\)", "Therefore $n = 6$ is the smallest.", "m+n = 6"]
+SIX = [
+    *(r"6\text{ cm}^2", "6 sq. ft.", "6^{\\text{th}}", "6th", "6°", r"6^\circ", r"\text{6 eggs}"),
+    *("x = 6", "2+4=6", "$6$", r"\(6\)", "Therefore $n = 6$ is the smallest.", "m+n = 6"),
+]
 VERDICTS = [  # the right answer, other ways to write it, answers that are not it
     ("6", BOLD + SIX, ["6 dozen", "6 thousand", "6 or 7", "60", "6x", "-6", "six", ""]),
     ("385000", [r"385\,000", "385,000", "385{,}000", r"\$385,000", "385,000 people"], ["385"]),
@@ -158,8 +160,13 @@ def test_fractions_are_equal_as_fractions_are(top, bottom, gold):
 
 
 def test_math_verify_accepts_what_the_docstring_of_the_module_says():
-    pairs = [(r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}"), (r"10\text{ m}", r"10\text{ km}")]
-    pairs += [("101_2", "101_3"), ("2/3", "2:3"), ("5", "2(3)")]
+    pairs = [
+        (r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}"),
+        (r"10\text{ m}", r"10\text{ km}"),
+        ("101_2", "101_3"),
+        ("2/3", "2:3"),
+        ("5", "2(3)"),
+    ]
     assert [pair for pair in pairs if not answers_match(*pair)] == []
 
 
@@ -181,8 +188,10 @@ def test_threads_share_a_worker_and_a_killed_one_is_replaced(worker):
     assert worker.ask("7y", "y+6y") and worker.process.pid != killed
 
 
-HOSTILE = ["9^9^9^9", "99999999!", r"\boxed{" * 40, r"\frac{" * 40]
-HOSTILE += ["$" * 99, "\\" * 99, "\0", "\ud800", "1/0", "1e9999", "<answer>"]
+HOSTILE = [
+    *("9^9^9^9", "99999999!", r"\boxed{" * 40, r"\frac{" * 40),
+    *("$" * 99, "\\" * 99, "\0", "\ud800", "1/0", "1e9999", "<answer>"),
+]
 
 
 def test_a_hostile_answer_is_wrong_and_the_next_one_is_compared(worker):
@@ -241,8 +250,25 @@ def test_a_missing_or_broken_math_verify_is_an_error_and_no_verdict(tmp_path, mo
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken on purpose')")
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(tmp_path))
-        with pytest.raises(RuntimeError, match="did not start"):
+        with pytest.raises(answers.MathVerifyError, match="did not start"):
             worker.ask("2x", "x+x")
     monkeypatch.setitem(sys.modules, "math_verify", None)
-    with pytest.raises(RuntimeError, match="pip install math-verify"):
+    with pytest.raises(answers.MathVerifyError, match="pip install math-verify"):
         worker.ask("2x", "x+x")
+
+
+WITHOUT_MATH_VERIFY = r"""
+import sys
+sys.modules["math_verify"] = None
+from llada.distributed import run_as_script
+from llada.tasks import TASKS
+run_as_script(lambda: TASKS["math"].grade(r"\boxed{42}", {"answer": "42"}))
+"""
+
+
+def test_a_missing_math_verify_ends_a_program_in_one_sentence():
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", WITHOUT_MATH_VERIFY]
+    ended = subprocess.run(command, text=True, env=environment, capture_output=True)
+    assert ended.returncode == 1
+    assert re.fullmatch(".*math-verify.* is missing: run pip install math-verify.\n", ended.stderr)

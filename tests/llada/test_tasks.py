@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from llada import tasks
 from llada.answers import extract, final_answer
-from llada.tasks import TASKS, Task, arithmetic, read_rows
+from llada.tasks import TASKS, Task, evaluate_expression, read_rows
 
 GRID = "1234341221434321"
 OTHER = "3214143221434321"  # differs from GRID in cells 0, 2, 4 and 6
@@ -77,7 +77,7 @@ def test_sudoku_s_worked_examples_are_sound_line_by_line():
     examples = re.findall(r"puzzle: (\d{16})\nAnswer:\n(.*?</answer>)", prompt, re.S)
     assert len(examples) == 3
     for row in TASKS["sudoku"].rows("test") + [TWO_SOLUTIONS]:
-        examples.append((row["puzzle"], tasks.sudoku_worked(row)))
+        examples.append((row["puzzle"], tasks.sudoku_example(row)))
     for puzzle, text in examples:
         grid = puzzle
         for row, column, word, digit in re.findall(r"Row (\d), column (\d): (only|try) (\d)", text):
@@ -89,8 +89,12 @@ def test_sudoku_s_worked_examples_are_sound_line_by_line():
         assert TASKS["sudoku"].reward(text, {"puzzle": puzzle, "solution": grid}) == 2
 
 
-OPERATIONS = {"+": Fraction.__add__, "-": Fraction.__sub__, "*": Fraction.__mul__}
-OPERATIONS["/"] = lambda a, b: a / b if b else Fraction(10**9)
+OPERATIONS = {
+    "+": Fraction.__add__,
+    "-": Fraction.__sub__,
+    "*": Fraction.__mul__,
+    "/": lambda a, b: a / b if b else Fraction(10**9),
+}
 
 
 def solvable(row):
@@ -133,7 +137,9 @@ def test_a_prompt_asks_for_what_earns_the_top(name):
     assert task.reward(asked, ROWS[name]) < task.reward(filled, ROWS[name]) == task.top
 
 
-PLACES = [  # R and W stand for a right and a wrong answer; whether reward and metric see R
+# R and W stand for a right and a wrong answer. The first flag says whether the reward sees R, and
+# the second whether the metric does.
+PLACES = [
     ("<answer>\nR\n</answer>", True, True),
     (r"<answer>so \boxed{R} it is</answer>", True, True),
     (r"<answer>\boxed{W}, no, \boxed {R}</answer>", True, True),
@@ -199,8 +205,11 @@ def test_math_reads_the_answer_of_a_gsm8k_row():
     assert not TASKS["math"].correct("<answer>7</answer>", row)
 
 
-PIECES = [*"{}()\n =*/+-239$,.%x٣\0", "42", "2*4-3", GRID, "<answer>", "</answer>", r"\boxed{"]
-PIECES += ["<reasoning>\n", "\n</reasoning>\n", *map(tag, RIGHT.values()), form(42)]
+PIECES = [
+    *"{}()\n =*/+-239$,.%x٣\0",
+    *("42", "2*4-3", GRID, *map(tag, RIGHT.values()), form(42)),
+    *("<reasoning>\n", "\n</reasoning>\n", "<answer>", "</answer>", r"\boxed{"),
+]
 
 
 @pytest.mark.parametrize("name", [*ROWS])
@@ -241,18 +250,19 @@ def trees(smaller):
 
 @few(300)
 @given(tree=st.recursive(st.integers(0, 120).map(number), trees, max_leaves=9))
-def test_arithmetic_returns_the_value_and_the_numbers_of_an_expression(tree):
+def test_evaluation_returns_the_value_and_the_numbers_of_an_expression(tree):
     text, value, numbers = tree
     refused = value is None or len(text) > 100
-    assert arithmetic(text) == (None if refused else (value, numbers))
+    assert evaluate_expression(text) == ((None, []) if refused else (value, numbers))
 
 
-NOT_ARITHMETIC = ["2**3", "5//2", "(2)(3)", "2 3", "1/0", "02", "+2", "٣", "f(2)", "1+" * 50 + "1"]
+NO_EXPRESSIONS = ["2**3", "5//2", "(2)(3)", "2 3", "1/0", "02", "+2", "٣", "f(2)", "1+" * 50 + "1"]
+NO_EXPRESSIONS += ["9**9**9**9", "", "(" * 99]
 
 
-def test_arithmetic_binds_as_usual_and_refuses_all_else():
-    assert arithmetic("2+3*4-6/4") == (Fraction(25, 2), [2, 3, 4, 6, 4])
-    assert [text for text in NOT_ARITHMETIC if arithmetic(text) is not None] == []
+def test_operators_bind_as_usual_and_all_else_is_refused():
+    assert evaluate_expression("2+3*4-6/4") == (Fraction(25, 2), [2, 3, 4, 6, 4])
+    assert [text for text in NO_EXPRESSIONS if evaluate_expression(text) != (None, [])] == []
 
 
 COUNTDOWN = [  # numbers, target, right expressions, wrong ones
