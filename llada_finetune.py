@@ -25,7 +25,6 @@ stopped, bit for bit. On GPUs it does not: the backward pass of attention adds i
 """
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -39,7 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
@@ -198,7 +197,6 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     and after each phase, before its checkpoint.
     """
     cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
-    model = data_parallel(run.model, ranks)
     with ranks.signals_caught():
         if not state.evaluated:
             evaluate_phase(run, watch)  # the base model, a = 0
@@ -213,16 +211,14 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                     roll_out(run, cfg.refresh)
                 run.student.train()
                 sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-                micro_batches = buffer.micro_batches(state.h)
-                for number, micro_batch in enumerate(micro_batches, 1):
-                    last = number == len(micro_batches)
-                    with gradients_exchanged(model, only_if=last):
-                        at = trained_positions(run, model, micro_batch)
-                        loss = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # (M,)
-                        loss = (at.share * loss).sum()
-                        (loss / (cfg.batch * cfg.accum)).backward()
+                for micro_batch in buffer.micro_batches(state.h):
+                    at = trained_positions(run, micro_batch)
+                    loss = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # (M,)
+                    loss = (at.share * loss).sum()
+                    (loss / (cfg.batch * cfg.accum)).backward()
                     run.control.observe(at)
                     sums += logged_sums(at, loss)
+                ranks.average_gradients(run.student.parameters())
                 grad_norm = clip_grad_norm_(run.student.parameters(), cfg.clip)
                 check_finite(run, sums, grad_norm)
                 lr = run.optimizer.param_groups[0]["lr"] = learning_rate(cfg, state.step)
@@ -282,15 +278,14 @@ class Positions:
     share: Tensor  # (M,) 1 / the number of trained positions in the same completion
 
 
-def trained_positions(run: "Run", model: nn.Module, batch: "MicroBatch") -> Positions:
+def trained_positions(run: "Run", batch: "MicroBatch") -> Positions:
     """Evaluate teacher and student at the masked positions of a micro-batch."""
     inputs = model_inputs(batch.prompts, batch.xt, batch.mask)
     with torch.no_grad():
         run.model.use("teacher")
         logits_a, hidden = run.model(*inputs, hidden=True)
-    run.model.use("student")
     return Positions(
-        logits=model(*inputs),
+        logits=run.model.use("student")(*inputs),
         logits_a=logits_a,
         hidden=hidden,
         x1=batch.x1[batch.mask],
@@ -321,20 +316,6 @@ def check_finite(run: "Run", sums: Tensor, grad_norm: Tensor) -> None:
 def update_average(run: "Run") -> None:
     for name, p in run.student.named_parameters() if run.average else ():
         run.average[name].lerp_(p.detach(), 1 - run.cfg.ema)
-
-
-def data_parallel(model: LLaDA, ranks: Ranks) -> nn.Module:
-    """Return the model so that its backward pass averages the student's gradients over ranks."""
-    if ranks.size == 1:
-        return model
-    # Without the view every gradient would be kept twice.
-    return nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def gradients_exchanged(model: nn.Module, only_if: bool) -> contextlib.AbstractContextManager:
-    """Return a context in which backward passes exchange gradients between ranks only if asked."""
-    alone = not isinstance(model, nn.parallel.DistributedDataParallel)
-    return contextlib.nullcontext() if only_if or alone else model.no_sync()
 
 
 # ---- 3. The rollout buffer ----------------------------------------------------------------------
@@ -472,7 +453,7 @@ class Buffer:
             ends = torch.tensor(self.tokenizer.ends, device=device)
             mask = mask & before_the_end(x1, cfg.block, ends)
         trained = mask.any(1)
-        trained[0] |= ~trained.any()  # every rank takes part in the exchange of gradients
+        trained[0] |= ~trained.any()  # every rank has a gradient to exchange
         batches = []
         for rows in trained.nonzero()[:, 0].split(cfg.batch):
             prompts = [self.prompt(row[drawn[i]]) for i in rows.tolist()]

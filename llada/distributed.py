@@ -10,13 +10,13 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from dtm import check
 
@@ -81,6 +81,18 @@ class Ranks:
         parts = [torch.empty_like(t) for _ in range(self.size)]
         dist.all_gather(parts, t.contiguous())
         return torch.cat(parts)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the ranks.
+
+        The tensors are added one by one, which rounds them in the same way in each step. (PyTorch's
+        DistributedDataParallel packs them in an order that it learns in its first step. In a
+        resumed run that step is a later one, and three or more ranks then round differently.)
+        """
+        if self.size > 1:
+            for p in parameters:
+                dist.all_reduce(p.grad)
+                p.grad /= self.size
 
     # SIGTERM and SIGINT set a flag, which all ranks look at together at points where a run is
     # consistent. Whoever looks decides what to save before the processes leave.

@@ -1,7 +1,7 @@
 """What the tests of LLaDA's loop share: a tiny base model, a small task, and runs that are stopped.
 
 As a script under torchrun this file is llada_finetune.py with the small task. The environment
-variable RANK_1 says when rank 1 receives signals; see `signal_before`.
+variable RANK_1 says when rank 1 receives a signal; see `signal_before`.
 """
 
 import json
@@ -227,39 +227,37 @@ def signal_before(patch: pytest.MonkeyPatch, moment: str) -> None:
     patch.setattr(owner, name, watched)
 
 
-def one_process(rank: int, moments: list[str], port: int, argv: list[str]) -> None:
-    """Run main(argv) as one of len(moments) ranks, with the signals that `moments` says."""
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    if len(moments) > 1:
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(len(moments))}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def one_process(moment: str, main: Callable, argv: list[str], torchrun: dict[str, str]) -> None:
+    """Run main(argv) with the variables that torchrun would set and the signals of `moment`."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | torchrun
     TASKS["uneven"] = Uneven()
-    for moment in filter(None, moments[rank].split(", ")):
-        signal_before(pytest.MonkeyPatch(), moment)
-    run_as_script(lambda: finetune.main(argv))
+    for part in filter(None, moment.split(", ")):
+        signal_before(pytest.MonkeyPatch(), part)
+    run_as_script(lambda: main(argv))
 
 
-def exit_codes(argv: list[str], *moments: str) -> list[int]:
-    """Run main(argv) on one rank per argument and return the exit codes of the ranks.
+def exit_codes(argv: list[str], *moments: str, main: Callable = finetune.main) -> list[int]:
+    """Run main(argv) on one rank per moment and return the exit codes of the ranks.
 
-    An argument says when its rank receives signals, such as "SIGTERM step 5, SIGKILL unlink 2";
-    see `signal_before`.
+    A moment says when its rank receives signals, such as "SIGTERM step 5, SIGKILL unlink 2"; see
+    `signal_before`.
     """
     context = multiprocessing.get_context("forkserver")  # imports torch once for all processes
     context.set_forkserver_preload(["loop_helpers"])
+    shared = {"WORLD_SIZE": str(len(moments)), "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        context.Process(target=one_process, args=(rank, [*moments], port, argv))
-        for rank in range(len(moments))
-    ]
+        shared["MASTER_PORT"] = str(free.getsockname()[1])
+    processes = []
+    for rank, moment in enumerate(moments):
+        variables = shared | {"RANK": str(rank)} if len(moments) > 1 else {}
+        processes.append(context.Process(target=one_process, args=(moment, main, argv, variables)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for the import in the fork server
         for process in processes:
             process.start()
     for process in processes:
-        process.join(300)
+        process.join(200)
         process.kill()
         process.join()
     return [process.exitcode for process in processes]
@@ -275,6 +273,5 @@ def complaint(*words: object) -> str:
 
 
 if __name__ == "__main__":
-    moments = [""] * int(os.environ["WORLD_SIZE"])
-    moments[1] = os.environ["RANK_1"]
-    one_process(int(os.environ["RANK"]), moments, int(os.environ["MASTER_PORT"]), sys.argv[1:])
+    moment = os.environ["RANK_1"] if os.environ["RANK"] == "1" else ""
+    one_process(moment, finetune.main, sys.argv[1:], {})

@@ -60,8 +60,8 @@ def watched(base, out, **settings) -> SimpleNamespace:
     steps, micro_batches, student = [], [], [*run.student.parameters()]
     trained_positions, log_step = finetune.trained_positions, finetune.log_step
 
-    def watch_micro_batch(run, model, batch):
-        at = trained_positions(run, model, batch)
+    def watch_micro_batch(run, batch):
+        at = trained_positions(run, batch)
         loss, kl = loss_by_rows(run, batch, at.c)
         gradient = torch.autograd.grad(loss, student)
         found = {"loss": loss.item(), "kl": kl.item(), "gradient": gradient}

@@ -1,7 +1,4 @@
-"""Two ranks train as one process would, and resume bit for bit.
-
-As a script under torchrun this file does what the tests compare; see `two_ranks`.
-"""
+"""Two ranks train as one process would, and resume bit for bit."""
 
 import os
 import signal
@@ -14,7 +11,6 @@ import loop_helpers
 import pytest
 import torch
 from loop_helpers import (
-    Uneven,
     check_same,
     command,
     complaint,
@@ -65,13 +61,6 @@ def interrupt(base: Path, out: Path, lines: list[tuple]) -> None:
         assert names(out)[-1:] == ([] if newest is None else [f"step-{newest:07}"]), (one, two)
 
 
-def torchrun(script: str, *words: object, **variables: str) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(Path(finetune.__file__).parent)} | variables
-    argv += [script, *map(str, words)]
-    return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
-
-
 def mask_by_content(x1: Tensor, mask_id: int, block: int, generator=None) -> tuple[Tensor, Tensor]:
     """Mask as `dtm.mask_blockwise` does, with the tokens of a row in the place of randomness."""
     k_less_1 = x1.sum(1, keepdim=True) % x1.shape[1]
@@ -81,9 +70,9 @@ def mask_by_content(x1: Tensor, mask_id: int, block: int, generator=None) -> tup
     return torch.where(mask | (position // block > active), mask_id, x1), mask
 
 
-def two_ranks(base: Path, out: Path) -> None:
-    """Finish the interrupted runs, and do what one process does in the tests, on this rank."""
-    TASKS["uneven"] = Uneven()
+def two_ranks(argv: list[str]) -> None:
+    """Finish the interrupted runs on this rank, and save what the tests compare."""
+    base, out = map(Path, argv)
     ranks = Ranks()
     for name in ("whole", "killed", "stopped"):
         finetune.main(short(base, out / name))
@@ -110,18 +99,27 @@ def base(tmp_path_factory):
     yield from small_base(tmp_path_factory.mktemp("base"))
 
 
+def die_under_torchrun(argv: list[str]) -> str:
+    """Run main(argv) on two ranks, of which one is killed; return what torchrun prints."""
+    words = "-m torch.distributed.run --standalone --nproc_per_node=2".split()
+    words = [sys.executable, *words, loop_helpers.__file__, *argv]
+    more = {"PYTHONPATH": os.pathsep.join(sys.path), "RANK_1": "SIGKILL rollout 1"}
+    died = subprocess.run(words, env=os.environ | more, capture_output=True, text=True, timeout=200)
+    assert died.returncode == 1
+    return died.stderr
+
+
 @pytest.fixture(scope="module")
 def ranks(base, tmp_path_factory):
     """The folder in which two ranks worked, and what either found."""
     out = tmp_path_factory.mktemp("ranks")
     interrupt(base, out / "killed", KILLS)
-    died = torchrun(loop_helpers.__file__, *short(base, out / "killed"), RANK_1="SIGKILL rollout 1")
-    assert died.returncode == 1 and "exitcode  : -9" in died.stderr, died.stderr[-3000:]
+    said = die_under_torchrun(short(base, out / "killed"))
+    assert "exitcode  : -9" in said, said[-3000:]
     interrupt(base, out / "stopped", STOPS)
     assert exit_codes(command(base, out / "alone"), "SIGTERM step 1") == [143]
     (out / "row.jsonl").write_text('{"letters": "12"}')
-    done = torchrun(__file__, base, out)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert exit_codes([str(base), str(out)], "", "", main=two_ranks) == [0, 0]
     return out, *[torch.load(out / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -131,6 +129,16 @@ def test_killed_ranks_resume_bit_for_bit(ranks):
 
 def test_a_signal_at_one_rank_stops_both_and_they_resume_bit_for_bit(ranks):
     check_same(ranks[0] / "stopped", ranks[0] / "whole")
+
+
+def test_three_ranks_resume_bit_for_bit(base, tmp_path):
+    """The sum of three numbers depends on the order in which they are added."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert exit_codes([*short(base, whole), "--a_end", "3"], "", "", "") == [0, 0, 0]
+    argv = [*short(base, stopped), "--a_end", "3"]
+    assert exit_codes(argv, "", "SIGTERM step 2", "") == [143, 143, 143]
+    assert exit_codes(argv, "", "", "") == [0, 0, 0]
+    check_same(stopped, whole)
 
 
 def test_ranks_share_neither_prompts_nor_random_numbers(ranks, base):
@@ -177,7 +185,3 @@ def test_half_of_torchruns_variables_is_an_error(base, tmp_path, monkeypatch, na
     monkeypatch.setenv(name, "1")
     message = complaint(*command(base, tmp_path))
     assert f"{name} is set but {other} is not; start several ranks with torchrun" in message
-
-
-if __name__ == "__main__":
-    two_ranks(*map(Path, sys.argv[1:]))

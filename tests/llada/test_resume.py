@@ -223,10 +223,10 @@ def test_a_run_without_its_settings_is_refused(copied):
 def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(base, tmp_path, monkeypatch):
     trained_positions = finetune.trained_positions
 
-    def poisoned(run, *inputs):
+    def poisoned(run, batch):
         if run.state.total == 5:
             run.student.B["0:v_proj"].data[0, 0] = float("nan")
-        return trained_positions(run, *inputs)
+        return trained_positions(run, batch)
 
     monkeypatch.setattr(finetune, "trained_positions", poisoned)
     message = complaint(*command(base, tmp_path))
