@@ -1,48 +1,64 @@
 """The maze lab: Discrete Tilt Matching on a problem where every number is known exactly.
 
-    python maze_lab.py                 train six arms, print a table, and draw a figure
+    python maze_lab.py                 train by six methods, print a table, and draw a figure
     python maze_lab.py --ablate cv     answer one question: anneal, cv, loss, sampler, or ess
     python maze_lab.py --mazes 6       give each of six seeds its own random maze
     python maze_lab.py --grid 5        use a larger maze, which is still exact
 
+"The paper" is Discrete Tilt Matching by Chen, Wang, Potaptchik, Kim and Albergo (arXiv 2604.18739).
+"The authors" are its authors. "Ours" marks what this project added.
+
 THE TASK. A sequence is a path through a grid maze. It has L moves, and each move is one of 0 (up),
 1 (right), 2 (down) and 3 (left). A move into a wall or off the grid is a bump: the walker stays
-where it is. The reward measures progress, r = 1 - dist(end, goal) / dist(start, goal). It is
-negative if the walker ends farther from the goal than it started. L is the length of a shortest
-path, so r = 1 exactly on the shortest paths. They are the modes of the target, and a method
-collapses if it loses some of them. This is the default maze:
+where it is. The reward measures progress, r = 1 - dist(end, goal) / dist(start, goal), where dist
+is the number of moves along a shortest path. In some random mazes it can be negative, because a
+path can end farther from the goal than it started. L is dist(start, goal), so r = 1 exactly on the
+shortest paths. The target distribution, defined below, puts most of its mass on them, so they are
+its modes. A method that loses some of them has collapsed. This is the default maze:
 
     S . # #     S is the start, G the goal, and # a wall. L is 6, and there are 5 shortest paths.
     . . . .     "right down down right down right" is [1, 2, 2, 1, 2, 1]. It ends on G, so r = 1.
     . . . #     [1, 1, 1, 1, 1, 1] bumps five times and ends beside S, so r = 1/6.
-    . # . G     The model reads moves and masks (token 4), but neither the maze nor the reward.
+    . # . G     The model sees only moves and masks (token 4), neither the maze nor the reward.
 
 THE BASE MODEL is a small masked diffusion transformer. It is trained on the paths of a noisy walker
 that drifts away from the goal, so it rarely succeeds. There are only 4^6 = 4,096 paths and
 5^6 = 15,625 partly masked states, so the distributions below are computed and not estimated.
 
 GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
-    V, L, B, M    moves to choose from; moves of a path; rows of a batch; its masked positions
-    K, n          shortest paths of the maze; rollouts of a phase
+    V, L, B, M    the number of possible moves; of moves in a path; of rows in a batch; of masked
+                  positions in a batch
+    P             the number of shortest paths of the maze
     r             the reward of a path
     x1, xt, mask  finished paths (B, L); the same with some moves masked; where they are masked
     rho_0         the distribution of the base model's paths
     rho_a         rho_0(x) e^{a r(x)}, normalized: the base tilted by a                       (D1)
-    a, h, A       the tilt, the step from one tilt to the next, and the final tilt `a_end`
+    a, A          the tilt, which rises from 0; the final tilt `a_end`, whose rho_A is the target
+    phase         a round of the algorithm, which moves the model from tilt a to tilt a + h
+    h             the increment of a phase
+    K, n          the number of phases of a run; the number of rollouts of a phase
     rho_theta     the distribution of the trained model's paths, unmasked in random order    (D11)
-    w, c          the weight e^{h r} of a path; the weight of the control variate            (D3)
-    teacher       the model at tilt a, which draws the rollouts; `student` moves to tilt a + h
-    arm           one method of the comparison; all arms get the same rollouts and steps
+    teacher       the model at tilt a, which draws paths, called rollouts
+    student       the model that is trained on the rollouts until it is at tilt a + h
+    w             the weight e^{h r} of a rollout
+    c             the weight (coefficient) of the control variate, a term of mean zero that lowers
+                  the noise of the gradient (D3); c(xt, i) is a c for each masked position i of xt
+    arm           one method of the comparison; all arms get the same number of rollouts and
+                  gradient steps, but an arm with adaptive h may reach A early and leave some unused
 
-THE METRICS (the keys of `rows` in the JSON; `trace` has them for every phase, against rho_a)
+THE METRICS (the keys of `rows` in the JSON; they describe the model at the end of a run)
     kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
     success   the probability that rho_theta gives to the shortest paths, where r = 1
     modes     the effective number of shortest paths: e^entropy of rho_theta given r = 1
     paths     the probability of each shortest path under rho_theta given r = 1
-    kl_modes  KL between rho_A given r = 1 and rho_theta given r = 1
+    kl_modes  KL(rho_A given r = 1 || rho_theta given r = 1)
     target_success, target_modes, target_paths   the same numbers for rho_A
-    ess       the effective sample size of the last phase, as a share of its rollouts        (D9)
+    a, h      the tilt at the end; the increment of the last phase
+    ess       the effective sample size of the last phase, as a share of its rollouts (D9); null for
+              "reward only", whose weights have mean 0
     seconds   the training time of the arm
+    trace     a list of the same metrics after every phase, where `a` is the tilt at the end of the
+              phase, and rho_a is the target
 
 CONTENTS   1 settings   2 the loop   3 control variates   4 schedules   5 the maze   6 the model
            7 exact evaluation   8 running   9 table and figure   10 command line
@@ -60,7 +76,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from pathlib import Path
@@ -73,13 +89,14 @@ from tqdm import tqdm
 
 import dtm
 
-V, MASK = 4, 4  # the number of moves; the token that stands for a masked move
-MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # (row, column) steps of each move
+V, MASK = 4, 4  # the number of possible moves; the token that stands for a masked move
+MOVES = {0: (-1, 0), 1: (0, 1), 2: (1, 0), 3: (0, -1)}  # how each move changes (row, column)
 DRIFT = {"away": (0, 3), "towards": (1, 2)}  # the moves that the walker prefers
 
 
 # ---- 1. Settings --------------------------------------------------------------------------------
 def setting(default: int | float | str, help: str):
+    """Return a field of `Config` with its default and the help text of its flag."""
     return field(default=default, metadata={"help": help})
 
 
@@ -89,7 +106,7 @@ class Config:
 
     grid: int = setting(4, "Use a maze with this many cells per side; 5 takes 0.9 GB per process")
     walker: str = setting("away", "Let the base model's walker drift away from or towards the goal")
-    a_end: float = setting(32.0, "Stop at this tilt A, per unit of reward")
+    a_end: float = setting(32.0, "Stop at this tilt A, the factor of the reward in the exponent")
     rollouts: int = setting(32768, "Draw this many paths per arm, all phases together")
     steps: int = setting(1600, "Take this many gradient steps per arm, all phases together")
     phases: int = setting(16, "Divide the way to A into this many phases")
@@ -101,14 +118,14 @@ class Config:
     base_lr: float = setting(3e-3, "Train the base model at this peak learning rate")
     width: int = setting(32, "Give the model this width, an even number for two attention heads")
     layers: int = setting(2, "Give the model this many layers")
-    mazes: int = setting(0, "Run on this many random mazes, one per seed, not on the fixed one")
+    mazes: int = setting(0, "Run on this many random mazes, one per seed; 0 means the fixed maze")
 
 
 QUICK = {"base_steps": 150, "base_batch": 256, "steps": 240, "phases": 8, "rollouts": 8192}
 
 
-class Fitted(Enum):
-    """A control-variate weight c that the run fits to its own batches (section 3)."""
+class FittedC(Enum):
+    """A weight c of the control variate that a run fits to its own batches (section 3)."""
 
     SCALAR = "one number for all positions"
     NET = "a number c(xt, i) for each masked position, from a small net"
@@ -119,13 +136,13 @@ class Arm:
     """One way from rho_0 to rho_A. All arms share the base model and the budget."""
 
     name: str  # the name in tables, figures and JSON
-    c: float | Fitted = Fitted.NET
+    c: float | FittedC = FittedC.NET
     normalize: bool = True  # whether the weights are divided by their mean over the phase
-    loss: Callable = dtm.c_dtm_loss  # (D3); etm_loss is (D4), self_consistent_loss is (D5)
-    phases: int | None = None  # None stands for Config.phases
-    adaptive_h: bool = False  # whether the rollouts choose h; otherwise all steps are equal
+    loss: Callable = dtm.c_dtm_loss  # the loss (D3), or etm_loss (D4), or self_consistent_loss (D5)
+    phases: int | None = None  # None stands for Config.phases.
+    adaptive_h: bool = False  # whether h depends on the rollouts; if not, h is equal in all phases
     reward_only: bool = False  # whether r - mean r replaces w, which gives a policy gradient
-    lr: float | None = None  # None stands for Config.lr
+    lr: float | None = None  # None stands for Config.lr.
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
 
 
@@ -135,17 +152,19 @@ def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
 
 
 C_0, C_1 = paper_arm("c = 0", c=0.0), paper_arm("c = 1", c=1.0)
-SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)  # from here on the arms are ours
-BEST_SCALAR, LEARNED = Arm("best scalar c", c=Fitted.SCALAR), Arm("learned c")
+SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)  # From here on the arms are ours.
+BEST_SCALAR, LEARNED = Arm("best scalar c", c=FittedC.SCALAR), Arm("learned c")
+# A policy gradient has no teacher term, so c = 0. Its loss is not bounded below, and with the
+# learning rate of the other arms it does not reach the goal.
 REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
-ONE_JUMP = Arm("one jump", c=Fitted.SCALAR, phases=1)
-H_BY_ROLLOUTS = Arm("h by rollouts", adaptive_h=True)
+ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
+ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
 MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
 ABLATIONS = {
-    "anneal": [*[Arm(f"K = {k}", phases=k) for k in (1, 2, 4, 8, 16, 32)], H_BY_ROLLOUTS],
+    "anneal": [*[Arm(f"K = {K}", phases=K) for K in (1, 2, 4, 8, 16, 32)], ADAPTIVE_H],
     "cv": [C_0, paper_arm("c = 0.5", c=0.5), C_1, SELF_NORMALIZED, BEST_SCALAR, LEARNED],
     "loss": [
-        paper_arm("explicit", c=1.0, loss=dtm.etm_loss),
+        paper_arm("explicit", c=1.0, loss=dtm.etm_loss),  # (D4) has no c.
         paper_arm("implicit", c=1.0, loss=dtm.c_dtm_loss),
         paper_arm("self-consistent", c=1.0, loss=dtm.self_consistent_loss),
     ],
@@ -154,7 +173,7 @@ ABLATIONS = {
         Arm("top-probability order", order="top_prob"),
         Arm("low-confidence remasking", order="low_confidence"),
     ],
-    "ess": [Arm("equal h"), H_BY_ROLLOUTS],
+    "ess": [Arm("equal h"), ADAPTIVE_H],
 }
 
 
@@ -167,7 +186,7 @@ class Phase:
     """
 
     a: float  # the tilt at the start of the phase
-    h: float  # its step
+    h: float  # its increment
     x1: Tensor  # (n, L) the rollouts of the teacher
     r: Tensor  # (n,) their rewards
     w: Tensor  # (n,) their weights
@@ -183,7 +202,7 @@ def tilt(
     """Run DTM from rho_0, the model `base`, to rho_A, and yield each phase when it is finished.
 
     These are the six steps of the algorithm at the head of dtm.py. choose_h(a, r) returns the
-    step h at tilt a, where the rollouts have the rewards r (section 4).
+    increment h at tilt a, where the rollouts have the rewards r (section 4).
     """
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
@@ -192,38 +211,39 @@ def tilt(
     # 1. Start with teacher = student = base.
     student = copy.deepcopy(base)
     teacher = tabulate(student, maze.L)
-    optimizer = adam(student)  # its state is kept over the phases; the authors' code clears it
+    optimizer = adam(student)  # Its state is kept over the phases; the authors' code clears it.
     control = make_control(arm, maze.L, device)
     a = 0.0
     plan = phase_sizes(cfg, arm.phases or cfg.phases)
     for k, (n, steps) in enumerate(plan):
-        peak_lr = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))  # later phases move less
+        peak_lr = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))  # Later phases move less.
         # 2. Draw rollouts from the teacher, compute their rewards, and weight them.
         blank = torch.full((n, maze.L), MASK, device=device)
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
-        h = min(choose_h(a, r), cfg.a_end - a)  # the last step ends at A
+        h = min(choose_h(a, r), cfg.a_end - a)  # The last increment ends at A.
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
         if arm.reward_only:
-            w = r - r.mean()  # the loss is then a policy gradient on the bound (D6)
+            w = r - r.mean()  # The loss is then a policy gradient on the bound (D6).
         for step in range(steps):
-            # 3. Mask a batch. The indices are computed once, because a GPU has to wait for them.
-            i = torch.randint(n, (cfg.batch,), generator=noise, device=device)  # (B,)
-            xt, mask = dtm.mask_random(x1[i], MASK, noise)  # (B, L) each
-            masked = mask.nonzero(as_tuple=True)  # rows and places of the M masked positions
-            row = masked[0]  # (M,)
-            # 4. Take a step on the loss at the masked positions.
-            logits, logits_a = student(xt, masked), teacher(xt, masked)  # (M, V) each
-            token, w_i = x1[i][masked], w[i][row]  # (M,) each
-            c = control(xt, masked)  # a number or (M,)
-            if arm.loss is dtm.etm_loss:
-                loss = dtm.etm_loss(logits, logits_a, token, r[i][row], h)  # (D4)
+            # 3. Mask a batch. The indices are computed once, because `nonzero` makes the CPU wait
+            #    for the GPU.
+            chosen = torch.randint(n, (cfg.batch,), generator=noise, device=device)  # (B,)
+            xt, mask = dtm.mask_random(x1[chosen], MASK, noise)  # (B, L) each
+            positions = mask.nonzero(as_tuple=True)  # rows and columns of the M masked positions
+            row = positions[0]  # (M,)
+            # 4. Take a gradient step on the loss at the masked positions.
+            logits, logits_a = student(xt, positions), teacher(xt, positions)  # (M, V) each
+            token, w_masked = x1[chosen][positions], w[chosen][row]  # (M,) each
+            c = control(xt, positions)  # a number or (M,)
+            if arm.loss is dtm.etm_loss:  # (D4) takes the reward and h instead of w and c.
+                loss = dtm.etm_loss(logits, logits_a, token, r[chosen][row], h)  # (M,)
             else:
-                loss = arm.loss(logits, logits_a, token, w_i, c)  # (D3) or (D5)
-            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  gives each row the same share
+                loss = arm.loss(logits, logits_a, token, w_masked, c)  # (M,)  (D3) or (D5)
+            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  the same share for each row
             dtm.take_step(optimizer, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
-                c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_i, share=share
+                c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_masked, share=share
             )
         # 5. Make the student the teacher of the next phase.
         next_teacher = tabulate(student, maze.L)
@@ -236,31 +256,34 @@ def tilt(
 
 
 def phase_sizes(cfg: Config, phases: int) -> list[tuple[int, int]]:
-    """Return the numbers of rollouts and of steps of each phase.
+    """Return the numbers of rollouts and of gradient steps of each phase.
 
     The last phase is `cfg.last` times as long as each other phase.
     """
-    sizes = []
-    for total in (cfg.rollouts, cfg.steps):
+
+    def sizes(total: int) -> list[int]:
         ends = [round(total * k / (phases - 1 + cfg.last)) for k in range(phases)] + [total]
-        sizes.append([high - low for low, high in itertools.pairwise(ends)])
-    return list(zip(*sizes, strict=True))
+        return [end - start for start, end in itertools.pairwise(ends)]
+
+    return list(zip(sizes(cfg.rollouts), sizes(cfg.steps), strict=True))
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
+    """Return the optimizer that all networks of this file use."""
     return torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 # ---- 3. Control variates ------------------------------------------------------------------------
-# A control variate is called with a batch of states and returns c, a number or one per masked
-# position. Afterwards it learns from that batch: a c fitted to its own batch would be biased.
+# An object of this section computes c, the weight (coefficient) of the control variate, for a batch
+# of states: one number, or one number per masked position. It learns from a batch only after its c
+# was used on that batch, because a c fitted to the batch on which it is used would bias the loss.
 @dataclass(eq=False)
 class FixedC:
     """c is a number. c = 0 leaves the control variate out, and c = 1 is the paper's choice."""
 
     c: float
 
-    def __call__(self, xt: Tensor, masked: tuple[Tensor, Tensor]) -> float:
+    def __call__(self, xt: Tensor, positions: tuple[Tensor, Tensor]) -> float:
         return self.c
 
     def learn(self, c, *, logits, logits_a, token, w, share) -> None:
@@ -282,47 +305,56 @@ class LearnedC:
     """
 
     def __init__(self, L: int, device: torch.device, hidden: int = 64):
-        state, relu = nn.Linear(L * (V + 1), hidden), nn.ReLU()
-        inner, out = nn.Linear(hidden, hidden), nn.Linear(hidden, L)
-        self.net = nn.Sequential(state, relu, inner, relu, out).to(device)
+        self.net = nn.Sequential(
+            nn.Linear(L * (V + 1), hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, L),
+        ).to(device)
         self.optimizer = adam(self.net)
 
-    def __call__(self, xt: Tensor, masked: tuple[Tensor, Tensor]) -> Tensor:
+    def __call__(self, xt: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         state = F.one_hot(xt, V + 1).flatten(1)  # (B, L (V + 1))
         c = 1 + self.net(state.float())  # (B, L)
-        return c[masked]  # (M,)
+        return c[positions]  # (M,)
 
     def learn(self, c, *, logits, logits_a, token, w, share) -> None:
-        # At theta = teacher the target y is w, which has less noise than y at the student.
+        # The first two arguments are both logits_a, because (D7) taken at the teacher has the
+        # target y = w; taken at the student, y would be noisier.
         y, q = dtm.control_variate_targets(logits_a, logits_a, token, w)
         dtm.take_step(self.optimizer, (share * q * (c - y) ** 2).sum(), lr=2e-3)
 
 
 def make_control(arm: Arm, L: int, device: torch.device) -> FixedC | ScalarC | LearnedC:
-    if arm.c is Fitted.NET:
+    """Return the control variate of an arm, before it has learned."""
+    if arm.c is FittedC.NET:
         return LearnedC(L, device)
-    return ScalarC(1.0) if arm.c is Fitted.SCALAR else FixedC(arm.c)
+    return ScalarC(1.0) if arm.c is FittedC.SCALAR else FixedC(arm.c)
 
 
 # ---- 4. Schedules -------------------------------------------------------------------------------
-# A schedule choose_h(a, r) returns the step h at tilt a. r are the rewards of the phase's rollouts.
-class PlannedSteps:
-    """The steps are known before the run."""
+# A schedule choose_h(a, r) returns the increment h of a phase that starts at tilt a. r (n,) are the
+# rewards of its rollouts.
+def make_schedule(arm: Arm, cfg: Config) -> Callable[[float, Tensor], float]:
+    """Return the schedule of an arm."""
+    phases = arm.phases or cfg.phases
+    if arm.adaptive_h:
+        return AdaptiveSchedule(cfg.a_end, phases)
 
-    def __init__(self, steps: list[float]):
-        self.steps = iter(steps)
+    def equal_increments(a: float, r: Tensor) -> float:
+        return cfg.a_end / phases
 
-    def __call__(self, a: float, r: Tensor) -> float:
-        return next(self.steps)
+    return equal_increments
 
 
-class StepsByRollouts:
-    """Each h keeps the effective sample size of the phase's own rollouts at a fixed share.
+class AdaptiveSchedule:
+    """Each h keeps the effective sample size of the phase's own rollouts at a fixed share (ours).
 
-    No h is smaller than a tenth of an equal step, and the last phase takes what is left.
+    No h is smaller than a tenth of an equal increment, and the last phase takes what is left.
     """
 
-    ESS = 0.93  # this share reaches A = 32 in about 16 phases
+    ESS = 0.93  # This share reaches A = 32 in about 16 phases.
 
     def __init__(self, a_end: float, phases: int):
         self.a_end = a_end
@@ -337,20 +369,15 @@ class StepsByRollouts:
         return max(dtm.next_h(r, self.ESS, left), 0.1 * self.a_end / self.phases)
 
 
-def make_schedule(arm: Arm, cfg: Config) -> Callable[[float, Tensor], float]:
-    phases = arm.phases or cfg.phases
-    if arm.adaptive_h:
-        return StepsByRollouts(cfg.a_end, phases)
-    return PlannedSteps([cfg.a_end / phases] * phases)
-
-
 # ---- 5. The maze --------------------------------------------------------------------------------
 class Maze:
-    """One maze, from the top left to the bottom right, as tables over its n * n cells.
+    """A maze as tables over its n * n cells: the start is the first cell, and the goal the last.
 
-    next      (n*n, 4)  the cell that each move leads to; a bump leads to the same cell
-    progress  (n*n,)    the reward of ending there, 1 - dist(cell, goal) / dist(start, goal)
-    paths     (K, L)    the shortest paths as moves, in lexical order: the modes
+    next_cell (n*n, 4)  the cell that each move leads to; a bump leads to the same cell
+    progress  (n*n,)    the reward of ending there, 1 - dist(cell, goal) / dist(start, goal); walls
+                        keep 0, because no path visits them; a cell that is cut off from the goal
+                        keeps 0
+    paths     (P, L)    the shortest paths as moves, in lexical order: the modes
     policy    (n*n, 4)  the move probabilities of the walker that makes the training data. It
                         gives weight 2 to the moves of its drift, 1 to other free moves, and 0.3
                         to a bump.
@@ -358,37 +385,37 @@ class Maze:
 
     def __init__(self, walls: list[list[int]], drift: tuple[int, int] = DRIFT["away"]):
         self.walls = walls
-        self.n = n = len(walls)  # cell (i, j) has the number i * n + j
+        self.n = n = len(walls)  # Cell (i, j) has the number i * n + j.
         graph = maze_graph(walls)
         start, goal = (0, 0), (n - 1, n - 1)
         distance = nx.single_source_shortest_path_length(graph, goal)
-        self.L = distance[start]  # the moves are just enough to reach the goal
+        self.L = distance[start]  # The moves are just enough to reach the goal.
 
-        self.next = torch.arange(n * n)[:, None].repeat(1, 4)
-        self.progress = torch.zeros(n * n)  # the walls keep 0, as they are never visited
+        self.next_cell = torch.arange(n * n)[:, None].repeat(1, 4)
+        self.progress = torch.zeros(n * n)
         weight = torch.full((n * n, 4), 0.3)  # the weight of a bump
         for i, j in graph:
             cell = i * n + j
             self.progress[cell] = 1 - distance.get((i, j), self.L) / self.L
             for move, (di, dj) in MOVES.items():
                 there = (i + di, j + dj)
-                if there in graph:  # it is neither a wall nor off the grid
-                    self.next[cell, move] = there[0] * n + there[1]
+                if there in graph:  # It is neither a wall nor off the grid.
+                    self.next_cell[cell, move] = there[0] * n + there[1]
                     weight[cell, move] = 2.0 if move in drift else 1.0
         self.policy = weight / weight.sum(1, keepdim=True)
 
-        move_of = {step: move for move, step in MOVES.items()}
+        move_of = {change: move for move, change in MOVES.items()}
         paths = []
         for cells in nx.all_shortest_paths(graph, start, goal):
-            steps = itertools.pairwise(cells)
-            paths.append([move_of[b[0] - a[0], b[1] - a[1]] for a, b in steps])
+            pairs = itertools.pairwise(cells)
+            paths.append([move_of[b[0] - a[0], b[1] - a[1]] for a, b in pairs])
         self.paths = torch.tensor(sorted(paths))
 
     def cells(self, x1: Tensor) -> Tensor:
         """Return the cells (B, L + 1) that the paths x1 (B, L) visit, the start included."""
-        visited = [torch.zeros_like(x1[:, 0])]  # every path starts in cell 0
+        visited = [torch.zeros_like(x1[:, 0])]  # Every path starts in cell 0.
         for move in x1.T:
-            visited.append(self.next[visited[-1], move])
+            visited.append(self.next_cell[visited[-1], move])
         return torch.stack(visited, 1)
 
     def reward(self, x1: Tensor) -> Tensor:
@@ -401,7 +428,7 @@ class Maze:
         moves = []
         for _ in range(self.L):
             moves.append(self.policy[cell].multinomial(1, generator=generator)[:, 0])
-            cell = self.next[cell, moves[-1]]
+            cell = self.next_cell[cell, moves[-1]]
         return torch.stack(moves, 1)
 
 
@@ -415,33 +442,34 @@ def maze_graph(walls: list[list[int]]) -> nx.Graph:
 def make_maze(cfg: Config, seed: int = 0) -> Maze:
     """Return the maze of a seed: with --mazes a random one, otherwise the same for all seeds."""
     if cfg.mazes:
-        return Maze(random_walls(cfg.grid, seed), DRIFT[cfg.walker])
-    if cfg.grid == 4:
-        return Maze([[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]], DRIFT[cfg.walker])
-    walls = [[0] * cfg.grid for _ in range(cfg.grid)]
-    for i, j in itertools.product(range(1, cfg.grid - 1, 2), repeat=2):
-        walls[i][j] = 1  # pillars with streets between them
+        walls = random_walls(cfg.grid, seed)
+    elif cfg.grid == 4:
+        walls = [[0, 0, 1, 1], [0, 0, 0, 0], [0, 0, 0, 1], [0, 1, 0, 0]]
+    else:
+        walls = [[0] * cfg.grid for _ in range(cfg.grid)]
+        for i, j in itertools.product(range(1, cfg.grid - 1, 2), repeat=2):
+            walls[i][j] = 1  # pillars with streets between them
     return Maze(walls, DRIFT[cfg.walker])
 
 
-def random_walls(n: int, k: int) -> list[list[int]]:
-    """Return the walls of the k-th random maze, the same in every run.
+def random_walls(n: int, number: int) -> list[list[int]]:
+    """Return the walls of the random maze with this number, the same in every run.
 
-    It has 2 to 8 shortest paths, each of 2n - 2 moves.
+    The maze has 2 to 8 shortest paths, each of 2n - 2 moves.
     """
-    draw = random.Random(0)
+    noise = random.Random(0)
     cells = list(itertools.product(range(n), repeat=2))[1:-1]  # all but the start and the goal
     mazes = []
-    while len(mazes) <= k:
+    while len(mazes) <= number:
         walls = [[0] * n for _ in range(n)]
-        for i, j in draw.sample(cells, draw.randint(n // 2, 3 * n // 2)):
+        for i, j in noise.sample(cells, noise.randint(n // 2, 3 * n // 2)):
             walls[i][j] = 1
         graph = maze_graph(walls)
         if walls not in mazes and nx.has_path(graph, (0, 0), (n - 1, n - 1)):
             routes = list(nx.all_shortest_paths(graph, (0, 0), (n - 1, n - 1)))
             if len(routes[0]) == 2 * n - 1 and 2 <= len(routes) <= 8:
                 mazes.append(walls)
-    return mazes[k]
+    return mazes[number]
 
 
 # ---- 6. The model and its base training ---------------------------------------------------------
@@ -474,12 +502,12 @@ def train_base(maze: Maze, cfg: Config, seed: int, device: str) -> MazeNet:
     """
     torch.manual_seed(seed)  # for the initial weights; all else has a generator of its own
     net = MazeNet(maze.L, cfg).to(device)
-    walker = Generator().manual_seed(seed)
-    noise = Generator(device).manual_seed(seed)
+    walk_noise = Generator().manual_seed(seed)
+    mask_noise = Generator(device).manual_seed(seed)
     optimizer = adam(net)
     for step in range(cfg.base_steps):
-        x1 = maze.walks(cfg.base_batch, walker).to(device)  # (B, L)
-        xt, mask = dtm.mask_random(x1, MASK, noise)
+        x1 = maze.walks(cfg.base_batch, walk_noise).to(device)  # (B, L)
+        xt, mask = dtm.mask_random(x1, MASK, mask_noise)
         loss = F.cross_entropy(net(xt, mask), x1[mask], reduction="none")  # (M,)
         lr = cfg.base_lr * min(1, (step + 1) / 50) * (1 - step / cfg.base_steps)  # with a warm-up
         dtm.take_step(optimizer, dtm.mean_over_masked(loss, mask), lr)
@@ -491,32 +519,32 @@ def tabulate(net: nn.Module, L: int) -> dtm.Table:
     """Return the net as a table over all 5^L states, so that later calls are look-ups."""
     states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
     logits = torch.empty(len(states), L, V, device=states.device)
-    for rows, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
-        rows.copy_(net(xt))  # in place, because many small results would fragment the memory
+    for chunk, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
+        chunk.copy_(net(xt))  # in place, because many small results would fragment the memory
     return dtm.Table(logits).requires_grad_(False)
 
 
 # ---- 7. Exact evaluation, on the CPU and in float64 ---------------------------------------------
 class ExactEvaluation:
-    """Measures models against the tilts of one base model.
+    """An object of this class measures models against the tilts of one base model.
 
-    x        (V**L, L)  all paths
-    r        (V**L,)    their rewards
-    rho_0    (V**L,)    their probabilities under the base model
-    optimal  (K,)       the rows of x that are shortest paths
+    x         (V**L, L)  all paths
+    r         (V**L,)    their rewards
+    rho_0     (V**L,)    their probabilities under the base model
+    shortest  (P,)       the indices of the shortest paths in x
     """
 
     def __init__(self, maze: Maze, base: dtm.Table):
         self.x = dtm.all_sequences(V, maze.L)
         self.r = maze.reward(self.x)
         self.rho_0 = path_distribution(base)
-        self.optimal = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)
+        self.shortest = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)
 
     def measure(self, table: dtm.Table, a: float) -> dict:
         """Return the metrics of the file's head for a model, with rho_a as the target."""
         rho, target = path_distribution(table), dtm.exact_tilt(self.rho_0, self.r, a)
-        success, target_success = rho[self.optimal].sum(), target[self.optimal].sum()
-        paths, target_paths = rho[self.optimal] / success, target[self.optimal] / target_success
+        success, target_success = rho[self.shortest].sum(), target[self.shortest].sum()
+        paths, target_paths = rho[self.shortest] / success, target[self.shortest] / target_success
         return {
             "a": a,
             "kl": kl(target, rho),
@@ -547,11 +575,11 @@ def kl(p: Tensor, q: Tensor) -> float:
 
 
 # ---- 8. Running: first the base models, then every arm on every base ----------------------------
-BASE_LINE = (
+BASE_TEMPLATE = (
     "seed {seed}: the base model succeeds with probability {success:.5f}; "
     "one jump to A leaves {jump_ess:.0f} effective rollouts"
 )
-ROW_LINE = (
+ROW_TEMPLATE = (
     "seed {seed}, {arm}: KL {kl:.3f}, success {success:.3f}, {modes:.2f} paths, {seconds:.0f} s"
 )
 
@@ -569,15 +597,17 @@ def run_base(cfg: Config, seed: int, device: str) -> dict:
         "walls": maze.walls,
         "net": net.cpu(),
         "reward_distribution": {"values": values.tolist(), "p": p.tolist()},
-        "jump_ess": cfg.rollouts / (target.square() / evaluation.rho_0).sum().item(),
+        "jump_ess": cfg.rollouts / (target.square() / evaluation.rho_0).sum().item(),  # (D9)
         **evaluation.measure(table, a=0.0),
     }
 
 
-def run_arm(cfg: Config, arm: Arm, base: dict, device: str, look: Callable | None = None) -> dict:
+def run_arm(
+    cfg: Config, arm: Arm, base: dict, device: str, extra_metrics: Callable | None = None
+) -> dict:
     """Run one arm on one base model, and return its row of the result.
 
-    look(phase, evaluation, arm) may return further metrics for the record of a phase.
+    extra_metrics(phase, evaluation, arm) may return further metrics for the record of a phase.
     """
     maze, seed = make_maze(cfg, base["seed"]), base["seed"]
     net = base["net"].to(device)
@@ -585,7 +615,9 @@ def run_arm(cfg: Config, arm: Arm, base: dict, device: str, look: Callable | Non
     trace = []
     phases = tilt(net, maze, arm=arm, cfg=cfg, choose_h=make_schedule(arm, cfg), seed=seed)
     for phase, record in follow(phases, evaluation):
-        trace.append(record | (look(phase, evaluation, arm) if look else {}))
+        if extra_metrics:
+            record |= extra_metrics(phase, evaluation, arm)
+        trace.append(record)
     return {"arm": arm.name, "seed": seed, **trace[-1], "trace": trace}
 
 
@@ -594,8 +626,10 @@ def follow(phases: Iterator[Phase], evaluation: ExactEvaluation) -> Iterator[tup
     seconds, clock = 0.0, time.perf_counter()
     for phase in phases:
         seconds += time.perf_counter() - clock
+        w = phase.w
+        is_weight = w.min() >= 0  # "Reward only" has r - mean r in place of a weight.
+        ess = (w.mean().square() / w.square().mean()).item() if is_weight else None  # (D9)
         record = evaluation.measure(phase.next_teacher, phase.a + phase.h)
-        ess = (phase.w.mean().square() / phase.w.square().mean()).item()  # (D9)
         yield phase, record | {"h": phase.h, "ess": ess, "seconds": seconds}
         clock = time.perf_counter()
 
@@ -608,28 +642,26 @@ def experiment(
     make_row(cfg, arm, base, device) runs one arm in one of `args.jobs` processes. A ValueError in
     one of them ends the program with its message.
     """
-    start, names = time.time(), [arm.name for arm in arms]
-    context = multiprocessing.get_context("spawn")  # a fork could not use CUDA
-    pool = ProcessPoolExecutor(args.jobs, context, torch.set_num_threads, (1,))
-    bar = tqdm(total=len(args.seeds) * (1 + len(arms)), unit="run", smoothing=0)
-
-    def finish(futures: list, line: str) -> list[dict]:
-        for future in as_completed(futures):
-            bar.write(line.format_map(future.result()))
-            bar.update()
-        return [future.result() for future in futures]
-
+    start = time.time()
+    pool = ProcessPoolExecutor(
+        max_workers=args.jobs,
+        mp_context=multiprocessing.get_context("spawn"),  # A forked process could not use CUDA.
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
     try:
         futures = [pool.submit(run_base, cfg, seed, args.device) for seed in args.seeds]
-        bases = finish(futures, BASE_LINE)
-        tasks = itertools.product(arms[::-1], bases)  # the slowest arms come last in the lists
-        futures = [pool.submit(make_row, cfg, *task, args.device) for task in tasks]
-        rows = finish(futures, ROW_LINE)
+        bases = collect(futures, BASE_TEMPLATE)
+        # Start the slowest arms first; they stand last in each list.
+        pairs = [(arm, base) for arm in reversed(arms) for base in bases]
+        futures = [pool.submit(make_row, cfg, arm, base, args.device) for arm, base in pairs]
+        rows = collect(futures, ROW_TEMPLATE)
     except ValueError as error:
         sys.exit(f"The run stopped: {error}")
     finally:
-        bar.close()
         pool.shutdown(cancel_futures=True)
+    names = [arm.name for arm in arms]
+    nets = {base["seed"]: base.pop("net") for base in bases}
     return {
         "command": args.command,
         "seeds": args.seeds,
@@ -638,22 +670,32 @@ def experiment(
         "arms": [asdict(arm) for arm in arms],
         "machine": {"system": platform.platform(), "cores": processors(), "device": args.device},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "nets": {base["seed"]: base.pop("net") for base in bases},  # `save_result` leaves them out
+        "nets": nets,  # `save_result` leaves them out.
         "bases": bases,
         "rows": sorted(rows, key=lambda row: (names.index(row["arm"]), row["seed"])),
     }
 
 
+def collect(futures: list[Future], template: str) -> list[dict]:
+    """Return the results in the order of the futures, and print each one when it is finished."""
+    for future in tqdm(as_completed(futures), total=len(futures), unit="run", smoothing=0):
+        tqdm.write(template.format_map(future.result()))
+    return [future.result() for future in futures]
+
+
 def processors() -> int:
     """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return getattr(os, "process_cpu_count", os.cpu_count)() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 # ---- 9. The table and the figure, from the result or its JSON -----------------------------------
-COLUMNS = {"kl": "KL, nats", "success": "success", "target_success": "its target"}
-COLUMNS |= {"modes": "paths kept", "target_modes": "their target"}
+COLUMNS = {
+    "kl": "KL, nats",
+    "success": "success",
+    "target_success": "its target",
+    "modes": "paths kept",
+    "target_modes": "their target",
+}
 
 
 def by_arm(result: dict) -> dict[str, list[dict]]:
@@ -664,9 +706,9 @@ def by_arm(result: dict) -> dict[str, list[dict]]:
 
 def mean_and_error(rows: list[dict], key: str) -> tuple[float, float]:
     """Return the mean of a metric over the rows and its standard error, NaN for a single row."""
-    t = torch.tensor([row[key] for row in rows], dtype=torch.float64)
-    error = t.std().item() / math.sqrt(len(t)) if len(t) > 1 else math.nan
-    return t.mean().item(), error
+    values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    error = values.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
+    return values.mean().item(), error
 
 
 def format_table(result: dict, columns: dict[str, str]) -> str:
@@ -675,23 +717,39 @@ def format_table(result: dict, columns: dict[str, str]) -> str:
     width = max(len(name) for name in arms)
     lines = [" " * width + "".join(f"{title:>17}" for title in columns.values())]
     for name, rows in arms.items():
-        cells = []
-        for key in columns:
-            known = all(row.get(key) is not None for row in rows)
-            cell = "{:.3f} +- {:.3f}".format(*mean_and_error(rows, key)) if known else "-"
-            cells.append(cell.removesuffix(" +- nan"))
-        lines.append(f"{name:>{width}}" + "".join(f"{cell:>17}" for cell in cells))
+        cells = "".join(f"{format_cell(rows, key):>17}" for key in columns)
+        lines.append(f"{name:>{width}}{cells}")
     seeds = f"mean +- standard error over {len(rows)} seeds" if len(rows) > 1 else "one seed"
     return "\n".join([*lines, f"Each model is measured exactly; the table shows {seeds}."])
+
+
+def format_cell(rows: list[dict], key: str) -> str:
+    if any(row.get(key) is None for row in rows):
+        return "-"
+    mean, error = mean_and_error(rows, key)
+    return f"{mean:.3f} +- {error:.3f}" if len(rows) > 1 else f"{mean:.3f}"
+
+
+def write_then_rename(file: Path, write: Callable[[Path], object]) -> None:
+    """Call write(temporary) and rename what it wrote to `file`, which is thus always complete."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".half-{file.name}")
+    write(temporary)
+    temporary.replace(file)
 
 
 def save_result(out: Path, name: str, result: dict) -> Path:
     """Write OUT/data/NAME.json without the networks, and return its path."""
     file = out / "data" / f"{name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     shown = {key: value for key, value in result.items() if key != "nets"}
-    file.write_text(json.dumps(shown, default=lambda value: getattr(value, "__name__", str(value))))
+    text = json.dumps(shown, default=name_of)
+    write_then_rename(file, lambda temporary: temporary.write_text(text))
     return file
+
+
+def name_of(value: object) -> str:
+    """Return the name of a function or class; it is what JSON has in its place."""
+    return getattr(value, "__name__", str(value))
 
 
 def title_of(result: dict) -> str:
@@ -700,22 +758,26 @@ def title_of(result: dict) -> str:
     if not {REWARD_ONLY.name, LEARNED.name} <= set(arms):
         return "Each bar shows how one run divides its probability among the shortest paths"
     target, _ = mean_and_error(arms[LEARNED.name], "target_modes")
-    few, many = [mean_and_error(arms[arm.name], "modes")[0] for arm in (REWARD_ONLY, LEARNED)]
+    few, _ = mean_and_error(arms[REWARD_ONLY.name], "modes")
+    many, _ = mean_and_error(arms[LEARNED.name], "modes")
     claim = f"Training on reward only keeps {few:.1f} of {target:.1f} shortest paths"
     return f"{claim}; annealing with a learned c keeps {many:.1f}"
 
 
-def draw(result: dict, path: Path) -> None:
-    """Draw what every arm makes of the shortest paths, with its mean KL to the target above."""
+def draw(result: dict, file: Path) -> None:
+    """Draw the probability that each arm gives to each shortest path.
+
+    The arm's mean KL to the target stands above its bars.
+    """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # pyplot could have a backend that a notebook has chosen
+    from matplotlib.figure import Figure  # Pyplot could have a backend that a notebook has chosen.
 
     figure = Figure(figsize=(8.8, 3.6), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
     arms = by_arm(result)
-    any_arm = next(iter(arms.values()))
-    target = [{"success": r["target_success"], "paths": r["target_paths"]} for r in any_arm]
+    any_arm = next(iter(arms.values()))  # All arms have the same target.
+    target = [{"success": row["target_success"], "paths": row["target_paths"]} for row in any_arm]
     groups = {"base": result["bases"], **arms, "exact target": target}
     for place, (name, rows) in enumerate(groups.items()):
         for k, row in enumerate(rows):
@@ -729,33 +791,24 @@ def draw(result: dict, path: Path) -> None:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
     axis.set_title(title_of(result), fontsize=11)
     axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 9 else 20)
-    axis.set(
-        ylim=(0, 1.1),
-        ylabel="probability of the shortest paths\n(one bar per seed, one shade per path)",
-    )
-    figure.savefig(path, dpi=200)
+    axis.set_ylim(0, 1.1)
+    axis.set_ylabel("probability of the shortest paths\n(one bar per seed, one shade per path)")
+    write_then_rename(file, lambda temporary: figure.savefig(temporary, dpi=200))
 
 
 # ---- 10. The command line -----------------------------------------------------------------------
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that say how to run. The scripts in figures/ have them, too."""
-
-    def add(flag: str, help: str, **options) -> None:
-        parser.add_argument(flag, help=help, **options)
-
-    add("--seeds", "Run this many seeds (default: one per process, or 3 on a GPU).", type=int)
-    add("--first-seed", "Number the seeds from here (default 0).", type=int, default=0)
-    add(
-        "--quick",
-        "Run one seed with less training, as a sketch (default off).",
-        action="store_true",
-    )
-    text = "Train on this device; auto takes cuda if there is one, otherwise cpu (default auto)."
-    add("--device", text, default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add = parser.add_argument
+    add("--seeds", type=int, help="Run this many seeds (default: one per process; 3 on a GPU).")
+    add("--first-seed", type=int, default=0, help="Number the seeds from here (default 0).")
+    add("--quick", action="store_true", help="Train less, and on one seed by default, as a sketch.")
+    text = "Train on this device (default auto: cuda if there is one, otherwise cpu)."
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help=text)
     text = "Run this many processes (default: one per processor, at most 8, or 4 on a GPU)."
-    add("--jobs", text, type=int)
+    add("--jobs", type=int, help=text)
     text = "Write pictures to this folder and JSON to its subfolder data (default runs/maze)."
-    add("--out", text, type=Path, default=Path("runs/maze"))
+    add("--out", type=Path, default=Path("runs/maze"), help=text)
 
 
 def complete_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -765,12 +818,17 @@ def complete_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
     if args.jobs is None:
         args.jobs = min(processors(), {"cpu": 8, "cuda": 4, "mps": 1}[args.device])
     if args.seeds is None:
-        args.seeds = 1 if args.quick else args.jobs if args.device == "cpu" else 3
+        if args.quick:
+            args.seeds = 1
+        elif args.device == "cpu":
+            args.seeds = args.jobs
+        else:
+            args.seeds = 3
     if min(args.seeds, args.jobs) < 1 or args.first_seed < 0:
         parser.error("--seeds and --jobs must be at least 1, and --first-seed at least 0.")
     args.seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     try:
-        torch.zeros(1, device=args.device)  # fails if there is no such device
+        torch.zeros(1, device=args.device)  # This fails if there is no such device.
         args.out.mkdir(parents=True, exist_ok=True)
     except (RuntimeError, AssertionError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -778,48 +836,54 @@ def complete_run_flags(parser: argparse.ArgumentParser, args: argparse.Namespace
 
 
 def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespace]:
+    """Return the settings and the flags. `args.arms` are the arms to run."""
     about = "Run DTM on a maze. The head of the file explains the task, the arms and the metrics."
     parser = argparse.ArgumentParser(description=about)
     text = (
-        "Answer one question: how many phases (anneal), which control variate (cv), which form of "
-        "the loss (loss), which decoding order (sampler), or who chooses h (ess)? "
-        "The default is the main comparison."
+        "Answer one question instead of running the main comparison: how many phases (anneal), "
+        "which c (cv), which form of the loss (loss), which decoding order (sampler), or who "
+        "chooses h (ess)?"
     )
     parser.add_argument("--ablate", choices=ABLATIONS, help=text)
     add_run_flags(parser)
     for f in fields(Config):
+        flag, text = f"--{f.name.replace('_', '-')}", f"{f.metadata['help']} (default {f.default})."
         choices = {"grid": (4, 5), "walker": DRIFT}.get(f.name)
-        text = f"{f.metadata['help']} (default {f.default})."
-        parser.add_argument(
-            f"--{f.name.replace('_', '-')}", type=f.type, choices=choices, help=text
-        )
+        parser.add_argument(flag, type=f.type, choices=choices, default=f.default, help=text)
     args = parser.parse_args(argv)
-    given = {f.name: getattr(args, f.name) for f in fields(Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if name != "walker" and not 0 < value < math.inf:
-            parser.error(f"--{name.replace('_', '-')} {value} is not positive and finite.")
-    if args.mazes and args.seeds:
-        parser.error(f"--mazes {args.mazes} already says how many seeds run; leave out --seeds.")
-    args.seeds = args.mazes or args.seeds
+    if args.quick:
+        parser.set_defaults(**QUICK)
+        args = parser.parse_args(argv)
+    cfg = Config(**{f.name: getattr(args, f.name) for f in fields(Config)})
+    if cfg.mazes and args.seeds:
+        parser.error(f"--mazes {cfg.mazes} already says how many seeds run; leave out --seeds.")
+    args.seeds = cfg.mazes or args.seeds
     complete_run_flags(parser, args)
-    cfg = Config(**(QUICK if args.quick else {}) | given)
     args.arms = ABLATIONS[args.ablate] if args.ablate else MAIN
+    for name, value in asdict(cfg).items():
+        if name not in ("walker", "mazes") and not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} {value} is not positive and finite.")
     most = max(arm.phases or cfg.phases for arm in args.arms)
     if min(cfg.steps, cfg.rollouts) < most - 1 + cfg.last:
-        parser.error(f"{most} phases need more --steps and --rollouts, or give fewer --phases.")
-    if cfg.width % 2:
-        parser.error(f"--width {cfg.width} is odd; two attention heads need an even width.")
+        advice = "raise these or lower --phases"
+        parser.error(f"{most} phases need more --steps and --rollouts; {advice}.")
     return cfg, args
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the command line, print the table, and write the JSON and the picture."""
     cfg, args = read_command_line(argv)
     args.command = " ".join(["python maze_lab.py", *(sys.argv[1:] if argv is None else argv)])
-    parts = {"quick": args.quick, f"ablate_{args.ablate}" if args.ablate else "main": True}
-    parts |= {f"grid{cfg.grid}": cfg.grid != 4, "mazes": cfg.mazes, "towards": cfg.walker != "away"}
-    name = "_".join(part for part, on in parts.items() if on)
-    print(f"{len(args.seeds)} seeds run in {args.jobs} processes on the device {args.device}.")
+    name = f"ablate_{args.ablate}" if args.ablate else "main"
+    if args.quick:
+        name = f"quick_{name}"
+    if cfg.grid != 4:
+        name = f"{name}_grid{cfg.grid}"
+    if cfg.mazes:
+        name = f"{name}_mazes"
+    if cfg.walker != "away":
+        name = f"{name}_{cfg.walker}"
+    print(f"Seeds: {len(args.seeds)}. Processes: {args.jobs}. Device: {args.device}.")
     result = experiment(cfg, args.arms, args)
     print(f"\n{format_table(result, COLUMNS)}\nThe run took {result['seconds']:.0f} s.")
     print("The numbers are in", save_result(args.out, name, result))

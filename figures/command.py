@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from matplotlib.figure import Figure  # not pyplot, whose backend a notebook may have chosen
+from matplotlib.figure import Figure  # Pyplot could have a backend that a notebook has chosen.
 
 import maze_lab as lab
 
@@ -66,9 +66,9 @@ def new_figure(columns: int, height: float) -> tuple[Figure, list]:
 
 
 def save_figure(figure: Figure, title: str, path: Path) -> None:
+    """Write a figure with its title."""
     figure.suptitle(title, fontsize=11)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
+    lab.write_then_rename(path, lambda temporary: figure.savefig(temporary, dpi=200))
 
 
 def mean(rows: list[dict], key: str) -> float:

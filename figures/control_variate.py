@@ -102,10 +102,10 @@ def run_arm(cfg: lab.Config, arm: lab.Arm, base: dict, device: str) -> dict:
     """Return the row of `maze_lab.run_arm`, with grad_var from every fourth phase."""
     phases = itertools.count()
 
-    def look(phase: lab.Phase, evaluation: lab.ExactEvaluation, arm: lab.Arm) -> dict:
+    def extra_metrics(phase: lab.Phase, evaluation: lab.ExactEvaluation, arm: lab.Arm) -> dict:
         return phase_variance(phase, evaluation, arm) if next(phases) % 4 == 0 else {}
 
-    row = lab.run_arm(cfg, arm, base, device, look)
+    row = lab.run_arm(cfg, arm, base, device, extra_metrics=extra_metrics)
     variances = [record["grad_var"] for record in row["trace"] if "grad_var" in record]
     return row | {"grad_var": sum(variances) / len(variances)}
 

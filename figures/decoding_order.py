@@ -63,7 +63,7 @@ def exact_teachers(evaluation: lab.ExactEvaluation, a_end: float) -> list[dict]:
         for name, choose in CHOICES.items():
             drawn = dtm.exact_marginal(teacher, V, L, choose=choose)
             point = {"a": a, "arm": name, "kl": max(0.0, lab.kl(rho, drawn))}
-            point["success"] = drawn[evaluation.optimal].sum().item()
+            point["success"] = drawn[evaluation.shortest].sum().item()
             point["sequences"] = torch.special.entr(drawn).sum().exp().item()
             points.append(point)
     return points

@@ -24,7 +24,7 @@ SHOWN = "K = 16"  # the arm whose phases are drawn
 
 def run_arm(cfg: lab.Config, arm: lab.Arm, base: dict, device: str) -> dict:
     """Return the row of `maze_lab.run_arm`, with both sides of (D12) in its trace."""
-    return lab.run_arm(cfg, arm, base, device, look=both_sides)
+    return lab.run_arm(cfg, arm, base, device, extra_metrics=both_sides)
 
 
 def both_sides(phase: lab.Phase, evaluation: lab.ExactEvaluation, arm: lab.Arm) -> dict:

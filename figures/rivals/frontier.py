@@ -50,13 +50,13 @@ class FrontierEvaluation(lab.ExactEvaluation):
         rho_0, rho = [
             left_to_right_logs(t, self.x).sum(1).double().exp() for t in (self.base, model)
         ]
-        success = rho[self.optimal].sum()
+        success = rho[self.shortest].sum()
         return {
             "reward": (rho @ self.r.double()).item(),
             "kl_base": lab.kl(rho, rho_0),
             "frontier": self.frontier(rho, rho_0),
             "success": success.item(),
-            "modes": torch.special.entr(rho[self.optimal] / success).sum().exp().item(),
+            "modes": torch.special.entr(rho[self.shortest] / success).sum().exp().item(),
         }
 
     def frontier(self, rho: Tensor, rho_0: Tensor | None = None) -> float:

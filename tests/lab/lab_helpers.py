@@ -48,7 +48,7 @@ class InThisProcess:
     It still pickles what a process would be sent.
     """
 
-    def __init__(self, *settings):
+    def __init__(self, **settings):
         pass
 
     def submit(self, *call):

@@ -51,6 +51,21 @@ def test_a_run_that_fails_says_why_and_writes_nothing(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
+    file = tmp_path / "data" / "x.json"
+    lab.write_then_rename(file, lambda path: path.write_text("old"))
+
+    def stop_half_way(path):
+        path.write_text("ne")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        lab.write_then_rename(file, stop_half_way)
+    assert file.read_text() == "old"
+    lab.write_then_rename(file, lambda path: path.write_text("new"))
+    assert file.read_text() == "new" and list(file.parent.iterdir()) == [file]
+
+
 @pytest.mark.parametrize(
     "args, word",
     [
@@ -61,11 +76,9 @@ def test_a_run_that_fails_says_why_and_writes_nothing(tmp_path, monkeypatch):
         (["--a-end", "-1"], "--a-end"),
         (["--batch", "x"], "--batch"),
         (["--steps", "3"], "phases"),
-        (["--width", "5"], "--width"),
         (["--grid", "7"], "--grid"),
         (["--walker", "drunk"], "--walker"),
         (["--ablate", "colour"], "--ablate"),
-        (["--mazes", "0"], "--mazes"),
         (["--mazes", "2", "--seeds", "3"], "--mazes"),
         (["--out", str(ROOT / "README.md")], "README.md"),
     ],

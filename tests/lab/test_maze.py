@@ -103,11 +103,11 @@ def test_walks_follow_their_law():
 
 
 def test_random_mazes_are_reproducible_distinct_and_solvable():
-    walls = [lab.random_walls(4, k) for k in range(20)]
-    assert walls == [lab.random_walls(4, k) for k in range(20)]
+    walls = [lab.random_walls(4, number) for number in range(20)]
+    assert walls == [lab.random_walls(4, number) for number in range(20)]
     assert len({str(rows) for rows in walls}) == 20
-    for k, rows in enumerate(walls):
-        maze = lab.make_maze(replace(CFG, mazes=3), seed=k)
+    for number, rows in enumerate(walls):
+        maze = lab.make_maze(replace(CFG, mazes=3), seed=number)
         routes = list(nx.all_shortest_paths(graph_of(maze), (0, 0), (3, 3)))
         assert maze.walls == rows and maze.L == 6 and 2 <= len(routes) == len(maze.paths) <= 8
         assert maze.reward(maze.paths).tolist() == [1.0] * len(routes)

@@ -102,10 +102,10 @@ def test_the_budget_is_what_c_dtm_spends(monkeypatch):
 
     monkeypatch.setattr(lab, "tabulate", tabulate)
     base = base_net()
-    schedule = lab.PlannedSteps([16.0, 16.0])
+    arm = replace(lab.LEARNED, phases=2)
+    schedule = lab.make_schedule(arm, CFG)
     hook = torch.nn.modules.module.register_module_forward_hook(count)
     try:
-        arm = replace(lab.LEARNED, phases=2)
         for _ in lab.tilt(base, SMALL, arm=arm, cfg=CFG, choose_h=schedule, seed=0):
             pass
     finally:
