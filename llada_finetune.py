@@ -12,16 +12,25 @@ LLaDA runs on a laptop: python -m figures.toy_llada. What a run costs: python -m
 CONTENTS   1 settings   2 the loop   3 the rollout buffer   4 the control variate
            5 a run: its parts, saving, resuming   6 evaluation   7 the command line
 
-The loop stands on `llada/`: the model, adapters, decoding, tasks, comparing answers, checkpoints
-and processes. A task is one class; see `llada/tasks.py`. Symbols and equations (D1), (D2), ... are
-those of `dtm.py`: x1 are finished completions, xt masked ones, a the tilt, h its increment, r
-rewards, w = e^{h r} weights, c the weight of the control variate. L is the length of a completion,
-B the number of completions in a micro-batch, M the number of trained positions in it, V the
-vocabulary, N the number of rollouts in a rank's buffer.
+The loop uses the package `llada/`: model, adapters, decoding, tasks, comparing answers, checkpoints
+and processes. A task is one class; see `llada/tasks.py`.
 
-RANDOM NUMBERS. Each rank has a generator for masks and tokens, and torch's own with another seed
-for the adapter's dropout; see `Ranks.seed`. On CPUs a resumed run equals one that was never
-stopped, bit for bit. On GPUs it does not: the backward pass of attention adds in no fixed order.
+GLOSSARY. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
+x1, xt              finished completions, and the same partly masked
+rollout             a completion that the teacher has drawn, with its reward
+block               completions are decoded from left to right in blocks of so many tokens
+active block        the block that is being decoded: earlier ones are complete, later ones masked
+trained positions   the masked positions of the active block, up to the end of the completion
+a, h, r, w, c       the tilt, its increment, rewards, weights e^{h r}, the coefficient of the
+                    control variate
+L, V                the length of a completion, the size of the vocabulary
+N, B, M             the numbers of rollouts in a rank's buffer, of completions in a micro-batch, and
+                    of trained positions in a micro-batch
+
+RANDOM NUMBERS. Each rank uses two generators: its own for masks and tokens, and torch's global one,
+with another seed, for the adapter's dropout; see `Ranks.seed`. On CPUs a resumed run equals one
+that was never stopped, bit for bit. On GPUs it does not: the backward pass of attention sums in no
+fixed order.
 """
 
 import argparse
@@ -79,24 +88,26 @@ def option(default, text: str):
 
 @dataclass
 class Config:
-    """The settings of a run; each is a flag. The defaults are the authors' for Sudoku; the `preset`
-    of a task says what it changes."""
+    """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku, and
+    each task has a `preset` of changes to them."""
 
-    task: str = option("sudoku", "sudoku, countdown, math, gsm8k or your own class in lower case")
+    task: str = option("sudoku", f"{', '.join(TASKS)}, or your own class in lower case")
     model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint: a folder or a hub id")
-    out: str = option("", "folder of the run (runs/TASK-SEED), or of the scores (ADAPTER-eval)")
+    out: str = option("", "output folder; empty: runs/TASK-SEED for train, ADAPTER-eval for eval")
     seed: int = option(42, "seed of masks, tokens and dropout; rank k adds k million")
-    data: str = option("", "training rows: FILE.jsonl or FILE.csv, of which a tenth validates")
+    data: str = option("", "training rows: FILE.jsonl or FILE.csv; a tenth is held out to validate")
     test_data: str = option("", "test rows: FILE.jsonl or FILE.csv")
     # the tilt
     h: float = option(
-        5.0, "increment of the tilt per phase, per unit of reward; at most, with --ess"
+        5.0, "increment of the tilt in each phase; with --ess the largest one allowed"
     )
-    a_end: float = option(100.0, "tilt at which the run ends, per unit of reward")
-    ess: float = option(0.0, "effective sample size that chooses h, a share below 1; 0: h is fixed")
+    a_end: float = option(100.0, "tilt at which the run ends")
+    ess: float = option(
+        0.0, "choose h to keep this effective sample size, a share below 1; 0: fixed h"
+    )
     c: str = option("1", "control variate: a number, best (one scalar) or learned (c(xt, i))")
     normalize: str = option(
-        "none", "weights are divided by the mean of: none, batch, group (prompt)"
+        "none", "divide weights by their mean over all ranks, over a prompt, or not"
     )
     steps_per_h: int = option(256, "optimizer steps per phase")
     # the rollout buffer of a rank
@@ -108,8 +119,10 @@ class Config:
     chunk: int = option(16, "completions that a rank decodes at once; fewer need less memory")
     gen_length: int = option(256, "tokens per completion")
     block: int = option(32, "tokens per block, in decoding and in masking")
-    steps: int = option(128, "network evaluations per completion; gen_length: one token each")
-    temperature: float = option(0.0, "of rollouts; 1: draws from the model, 0: most probable token")
+    steps: int = option(128, "network evaluations per gen_length tokens; if equal, one token each")
+    temperature: float = option(
+        0.0, "sampling temperature of rollouts; 0 takes the most probable token"
+    )
     order: str = option("low_confidence", "decoding order of rollouts")
     prompt_length: int = option(
         1132, "longest prompt in tokens; longer ones are skipped and counted"
@@ -118,13 +131,15 @@ class Config:
     # the optimizer
     batch: int = option(4, "completions per micro-batch and rank")
     accum: int = option(16, "micro-batches per optimizer step")
-    lr: float = option(3e-6, "learning rate, reached after 5 % of a phase")
-    lr_min: float = option(1e-6, "learning rate at the end of a phase, falling over the last 10 %")
-    weight_decay: float = option(0.1, "of AdamW, whose betas are 0.9 and 0.99")
+    lr: float = option(3e-6, "largest learning rate of a phase")
+    lr_min: float = option(1e-6, "learning rate at the end of a phase")
+    weight_decay: float = option(0.1, "weight decay of AdamW, whose betas are 0.9 and 0.99")
     clip: float = option(1.0, "largest norm of the adapter's gradient")
-    ema: float = option(0.0, "decay per step of the student's average, the next teacher; 0: none")
+    ema: float = option(
+        0.0, "decay per step of an average of the student, the next teacher; 0: none"
+    )
     # the adapter
-    lora: str = option("all", "adapted projections: all seven, or the four of the authors' runs")
+    lora: str = option("all", "adapted projections, see ADAPTED in llada/lora.py")
     rank: int = option(128, "LoRA rank")
     alpha: float = option(64.0, "LoRA alpha; the adapter is scaled by alpha / rank")
     dropout: float = option(0.05, "dropout probability at the adapter's input")
@@ -144,7 +159,7 @@ CHOICES = {
 }
 MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "temperature", "lr_min"}
 MAY_BE_ZERO |= {"weight_decay", "ema", "dropout", "eval_rows"}
-# What may differ when a run resumes. The content of the data is compared, not the file's name.
+# These may change when a run resumes. The content of the data is compared, not the file's name.
 MAY_CHANGE = {"out", "data", "chunk", "recompute", "save_every"}
 
 
@@ -191,30 +206,32 @@ def check_settings(cfg: Config) -> None:
 
 # ---- 2. The loop --------------------------------------------------------------------------------
 def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
-    """Run the algorithm of `dtm.py` from wherever `run` stands up to the tilt a_end.
+    """Run the algorithm of `dtm.py` from the present state of `run` until the tilt is a_end.
 
-    Teacher and student are two adapters on one frozen base model. `watch(run)` is called at a = 0
-    and after each phase, before its checkpoint.
+    Teacher and student are two adapters on one frozen base model. The numbers in the comments are
+    the steps of the algorithm. `trained_positions` computes c from what the control variate has
+    learned before. `watch(run)` is called on every rank at a = 0 and after each phase, before its
+    checkpoint.
     """
     cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
     with ranks.signals_caught():
         if not state.evaluated:
-            evaluate_phase(run, watch)  # the base model, a = 0
-        keep_best(run)
+            evaluate_phase(run, watch)  # 1. teacher and student are the base model, a = 0
+        keep_best(run)  # a process that died may not have written RUN/best
         while cfg.a_end - state.a > 1e-9 * cfg.a_end:
-            if state.step == 0:  # a new phase: rollouts and their rewards
-                roll_out(run, cfg.prompts)
+            if state.step == 0:  # 2. a new phase: rollouts of the teacher, and their rewards
+                fill_buffer(run, cfg.prompts)
                 state.h = choose_h(buffer.from_all_ranks("r"), state.a, cfg)
             progress = progress_bar(run)
             while state.step < cfg.steps_per_h:
                 if cfg.refresh and state.step and state.step % cfg.refresh_steps == 0:
-                    roll_out(run, cfg.refresh)
-                run.student.train()
+                    fill_buffer(run, cfg.refresh)
+                run.student.train()  # rollouts have left it in eval mode
                 sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-                for micro_batch in buffer.micro_batches(state.h):
+                for micro_batch in buffer.micro_batches(state.h):  # 3. masked completions
                     at = trained_positions(run, micro_batch)
-                    loss = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # (M,)
-                    loss = (at.share * loss).sum()
+                    losses = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # (M,)  4.
+                    loss = (at.share * losses).sum()  # a mean per completion, then a sum
                     (loss / (cfg.batch * cfg.accum)).backward()
                     run.control.observe(at)
                     sums += logged_sums(at, loss)
@@ -233,7 +250,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                 due = state.total % cfg.save_every == 0 and state.step < cfg.steps_per_h
                 save_or_stop(run, due)
             progress.close()
-            end_phase(run)  # teacher <- student or its average; a <- a + h; step <- 0
+            end_phase(run)  # 5. teacher <- student or its average; a <- a + h; step <- 0
             evaluate_phase(run, watch)
             save_or_stop(run, due=True)
             keep_best(run)
@@ -241,15 +258,16 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     say(ranks, f"done: a = {state.a:g}, best phase {state.best_phase}{chosen}")
 
 
-def roll_out(run: "Run", prompts: int) -> None:
-    """Let the teacher complete so many new prompts; after each rollout batch the run may stop."""
+def fill_buffer(run: "Run", prompts: int) -> None:
+    """Let the teacher complete this many new prompts; after each batch of them the run may stop."""
     for _ in run.buffer.fill(prompts):
         save_or_stop(run, due=False)
     run.log.lap("rollout")
 
 
 def choose_h(rewards: Tensor, a: float, cfg: Config) -> float:
-    """Return the phase's increment: fixed, or by effective sample size (D9); the last is cut."""
+    """Return h for this phase: cfg.h, or the value of (D9) with --ess. The last phase is shortened
+    so that it ends at a_end."""
     h = dtm.next_h(rewards, cfg.ess, cfg.h) if cfg.ess else cfg.h
     stuck = f"h = {h:g} at a = {a:g} does not lead to --a_end {cfg.a_end:g}; lower --ess"
     check(h > 1e-9 * cfg.a_end, stuck)
@@ -267,14 +285,14 @@ def learning_rate(cfg: Config, step: int) -> float:
 
 @dataclass
 class Positions:
-    """The M trained positions of a micro-batch. All tensors but the logits are constants."""
+    """The M trained positions of a micro-batch. Only `logits` carries a gradient."""
 
     logits: Tensor  # (M, V) of the student
     logits_a: Tensor  # (M, V) of the teacher
     hidden: Tensor  # (M, d) the input of the teacher's head
     x1: Tensor  # (M,) the sampled tokens
     w: Tensor  # (M,) the weight of each token's completion
-    c: Tensor  # (M,) the weight of the control variate
+    c: Tensor  # (M,) the coefficient of the control variate
     share: Tensor  # (M,) 1 / the number of trained positions in the same completion
 
 
@@ -297,7 +315,8 @@ def trained_positions(run: "Run", batch: "MicroBatch") -> Positions:
 
 @torch.no_grad()
 def logged_sums(at: Positions, loss: Tensor) -> Tensor:
-    """Return [sum of loss, sum of KL(pi_a || pi_theta), both over completions; sum of c, M]."""
+    """Return four numbers: the loss and KL(pi_a || pi_theta), both summed over completions, the sum
+    of c over positions, and M."""
     log_p = at.logits.float().log_softmax(-1)
     log_a = at.logits_a.float().log_softmax(-1)
     kl = F.kl_div(log_p, log_a, reduction="none", log_target=True).sum(-1)  # (M,)
@@ -306,7 +325,7 @@ def logged_sums(at: Positions, loss: Tensor) -> Tensor:
 
 
 def check_finite(run: "Run", sums: Tensor, grad_norm: Tensor) -> None:
-    """Raise ValueError, before the student moves, if a loss or a gradient of the step is not."""
+    """Raise ValueError, before the student moves, if a sum or the gradient is not finite."""
     finite = bool(sums.isfinite().all() & grad_norm.isfinite())
     where = f"step {run.state.total + 1} on rank {run.ranks.rank}"
     advice = "start another run with a lower --lr or --h, or with --normalize batch"
@@ -333,10 +352,11 @@ class MicroBatch:
 class Buffer:
     """The rollouts of one rank.
 
-    data     row (N,) of the training rows, x1 (N, L) completions on the device, rewards r (N,) and
-             solved (N,) float64; the oldest come first
-    pending  the same of rollouts that are not finished, with done (1,): how many of them are
+    data     row (N,): indices of the training rows; x1 (N, L): completions, on the device; rewards
+             r (N,) and solved (N,), float64; the oldest rollouts come first
+    pending  rollouts in progress, with the same keys, and done (1,), the number of finished ones
     cursor   how many prompts have been taken from this rank's list, skipped ones included
+    skipped  how many of them were too long
     """
 
     def __init__(
@@ -377,10 +397,10 @@ class Buffer:
         return rows
 
     def fill(self, count: int) -> Iterator[None]:
-        """Let the teacher complete `count` new prompts, in the place of the oldest rollouts.
+        """Let the teacher complete `count` new prompts, which replace the oldest rollouts.
 
-        Yields between two rollout batches, when a checkpoint may be written; after that, a call
-        with the same count finishes what is pending.
+        Yields after each batch of completions; the caller may save a checkpoint then. After a
+        resume, a call with the same count continues with what is pending.
         """
         if not self.pending:
             rows = [row for row in self.next_rows(count) for _ in range(self.cfg.completions)]
@@ -393,17 +413,15 @@ class Buffer:
         quiet = self.ranks.rank > 0
         with tqdm(total=len(rows), desc="rollouts", disable=quiet, leave=False) as progress:
             while (done := int(self.pending["done"])) < len(rows):
-                progress.update(done - progress.n)
-                self.roll_out(order[done : done + self.cfg.chunk])
-                if int(self.pending["done"]) < len(rows):
-                    yield
-        del self.pending["done"]
+                self.complete_pending(order[done : done + self.cfg.chunk])
+                progress.update(int(self.pending["done"]) - progress.n)
+                yield
+        new = {key: t for key, t in self.pending.items() if key != "done"}
         if self.data:
-            for key, new in self.pending.items():
-                self.pending[key] = torch.cat([self.data[key][len(rows) :], new])
-        self.data, self.pending = self.pending, {}
+            new = {key: torch.cat([self.data[key][len(rows) :], t]) for key, t in new.items()}
+        self.data, self.pending = new, {}
 
-    def roll_out(self, batch: list[int]) -> None:
+    def complete_pending(self, batch: list[int]) -> None:
         """Complete and reward the pending rollouts of these indices."""
         rows = self.pending["row"][batch].tolist()
         x1 = complete(
@@ -475,7 +493,8 @@ def complete(
     generator: Generator | None,
     ban_mask: bool,
 ) -> Tensor:
-    """Return completions (B, gen_length) of prompts, decoded at once as cfg says."""
+    """Return completions (B, gen_length) of prompts, decoded as one batch with the settings in cfg.
+    It leaves the model in eval mode."""
     ids, mask = pad_left(prompts, model.config["pad_token_id"], next(model.parameters()).device)
     ids = generate(
         model.eval(),
@@ -495,13 +514,14 @@ def complete(
 
 # ---- 4. The control variate ---------------------------------------------------------------------
 class ControlVariate:
-    """The weight c of (D3) at the trained positions: a number, the best scalar, or learned.
+    """The coefficient c of (D3) at the trained positions: a number, the best scalar, or learned.
 
     "best" is the scalar c of (D8); "learned" is a ridge regression of c(xt, i), (D7), on 64 fixed
     random projections of the teacher's last hidden state and a constant. (The maze lab learns c
     with a small network instead.) Both are least-squares fits of `dtm.control_variate_targets` over
-    past steps, older ones counting less. More features would learn a buffer's weights by heart. A
-    step's c depends on earlier steps only, which is what makes it unbiased.
+    past steps, older ones counting less. A step's c comes from earlier steps. It would be unbiased
+    if every step drew new rollouts; here rollouts are used again, and the few features keep the
+    bias small. More features would overfit the weights of one buffer.
     """
 
     FEATURES = 64
@@ -533,13 +553,13 @@ class ControlVariate:
         G, b = self.past[:, :-1], self.past[:, -1]
         if not (self.fitted and G.any()):
             return torch.full((len(hidden),), self.constant, device=hidden.device)
-        penalised = torch.arange(len(b), device=b.device) > 0  # the constant is not
+        penalised = torch.arange(len(b), device=b.device) > 0  # all but the constant
         ridge = self.RIDGE * G.trace() / len(b) * penalised
         return self.features(hidden) @ torch.linalg.solve(G + ridge.diag(), b).float()
 
     @torch.no_grad()
     def observe(self, at: Positions) -> None:
-        """Add a micro-batch to the normal equations, with the squared weights of (D8)."""
+        """Add a micro-batch to the normal equations; a position counts with q share^2, see (D8)."""
         if self.fitted:
             y, q = dtm.control_variate_targets(at.logits, at.logits_a, at.x1, at.w)
             phi = self.features(at.hidden)
@@ -547,7 +567,7 @@ class ControlVariate:
             self.new += weighted @ torch.cat([phi, y[:, None].float()], 1).double()
 
     def fit(self, ranks: Ranks) -> None:
-        """Take the present step, summed over all ranks, into the past."""
+        """Add the equations of this step, summed over all ranks, to those of earlier steps."""
         if self.fitted:
             self.past = self.MEMORY * self.past + ranks.gather(self.new[None]).sum(0)
             self.new = torch.zeros_like(self.past)
@@ -584,7 +604,7 @@ class Log:
 
 @dataclass
 class Run:
-    """The parts of a run: everything that its future depends on, and its log."""
+    """The parts of a run: everything that determines how it continues, and its log."""
 
     cfg: Config
     ranks: Ranks
@@ -597,7 +617,7 @@ class Run:
     buffer: Buffer
     state: State
     log: Log
-    # These three start again in each phase.
+    # These three are made anew in each phase.
     optimizer: torch.optim.Optimizer | None = None
     average: dict[str, Tensor] = field(default_factory=dict)
     control: ControlVariate | None = None
@@ -641,16 +661,15 @@ def build_run(cfg: Config, ranks: Ranks, rows: list[dict], valid: list[dict]) ->
 def begin_phase(run: Run) -> None:
     """Make a new optimizer, average and control variate."""
     cfg = run.cfg
-    run.optimizer = torch.optim.AdamW(
-        run.student.parameters(), cfg.lr, (0.9, 0.99), 1e-8, cfg.weight_decay
-    )
+    settings = {"lr": cfg.lr, "betas": (0.9, 0.99), "weight_decay": cfg.weight_decay}
+    run.optimizer = torch.optim.AdamW(run.student.parameters(), **settings)
     weights = run.student.state_dict() if cfg.ema else {}
     run.average = {name: t.clone() for name, t in weights.items()}
     run.control = ControlVariate(cfg.c, run.model.config["d_model"], run.ranks.device)
 
 
 def end_phase(run: Run) -> None:
-    """Make the student, or its average, the teacher of the next phase, whose tilt is a + h."""
+    """Copy the student, or its average with --ema, into both adapters, and advance a by h."""
     tuned = run.average or run.student.state_dict()
     run.teacher.load_state_dict(tuned)
     run.student.load_state_dict(tuned)
@@ -719,7 +738,7 @@ def resume(run: Run) -> None:
             rollouts["x1"] = rollouts["x1"].to(run.ranks.device)
     buffer.cursor, buffer.skipped = own["cursor"].tolist()
     same = len(own["generator"]) == len(buffer.generator.get_state())
-    kind = "started on another kind of device, whose random numbers cannot be continued here"
+    kind = "was started on another kind of device, whose random numbers cannot be continued here"
     check(same, f"{run.out} {kind}; resume it there")
     buffer.generator.set_state(own["generator"])
     (torch.cuda if run.ranks.cuda else torch).set_rng_state(own["dropout"])
@@ -739,7 +758,7 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     hashes = {"rows": digest(rows), "valid": digest(valid)}
     same = saved is None or saved["hashes"] == hashes
     advice = "restore it, or start another run with another --out"
-    check(same, f"the rows of --data have changed since {out} was started; {advice}")
+    check(same, f"the training rows (--data) have changed since {out} was started; {advice}")
     run = build_run(cfg, ranks, rows, valid)
     ranks.barrier()  # every rank has looked for the file
     if saved is None and ranks.rank == 0:
@@ -749,7 +768,7 @@ def open_run(given: dict, ranks: Ranks) -> Run:
 
 
 def settings_to_resume(saved: dict, given: dict, out: Path) -> Config:
-    """Return the settings of a run; ValueError names those given that differ and matter."""
+    """Return the settings of a run; ValueError lists the given ones that may not change."""
     names = {f.name for f in fields(Config)}
     same_version = names | {"hashes"} == saved.keys()
     check(same_version, f"{out} was started by another version of this program; use another --out")
@@ -785,7 +804,7 @@ def progress_bar(run: Run) -> tqdm:
 
 
 def log_step(run: Run, sums: Tensor, **more) -> None:
-    """Write the record of an optimizer step. README explains the keys."""
+    """Write the record of an optimizer step. figures/README.md explains the keys."""
     state, buffer = run.state, run.buffer
     loss, kl, c, positions = run.ranks.gather(sums[None]).sum(0).tolist()
     completions = run.cfg.batch * run.cfg.accum * run.ranks.size
@@ -814,8 +833,8 @@ def log_step(run: Run, sums: Tensor, **more) -> None:
 
 # ---- 6. Evaluation ------------------------------------------------------------------------------
 def evaluate_phase(run: Run, watch: Callable[[Run], None] | None) -> None:
-    """Evaluate the teacher on the validation rows, which choose RUN/best (without any, the last
-    phase is the best one), and call `watch`."""
+    """Evaluate the teacher on the validation rows, update the best score, and call `watch`. Without
+    validation rows the present phase counts as the best one."""
     state = run.state
     state.evaluated = True
     if not run.valid:
@@ -837,7 +856,8 @@ def evaluate_phase(run: Run, watch: Callable[[Run], None] | None) -> None:
 def keep_best(run: Run) -> None:
     """Write RUN/best if the present teacher is the best one.
 
-    This comes after the checkpoint that knows the score, and again when a run resumes.
+    Call it after the checkpoint that holds the score, and when a run resumes, in case the process
+    died between the two.
     """
     if run.ranks.rank == 0 and run.state.best_phase == run.state.phase:
         run.teacher.save(run.out / "best", run.cfg.model)
@@ -860,9 +880,9 @@ def evaluate(
 ) -> dict | None:
     """Complete every row at temperature 0, by low-confidence remasking, and return the scores.
 
-    They are shares and means with standard errors over the rows: solved, reward, and cells where
-    the task has any. Rank 0 grades and returns them; the others return None. `path` receives the
-    completions, one JSON object per line.
+    The scores are `solved`, `reward` and, for tasks with cells (parts of an answer), `cells`, each
+    with its standard error over the rows, and the number of rows `n`. Rank 0 grades and returns
+    them; the others return None. `path` receives the completions, one JSON object per line.
     """
     task = TASKS[cfg.task]
     cfg = replace(cfg, order="low_confidence", temperature=0.0)
@@ -963,7 +983,8 @@ def add_settings(parser: argparse.ArgumentParser, only=(), without=(), defaults=
 
 
 def settings_near(adapter: Path, given: dict) -> dict:
-    """Return how the run of RUN/best or RUN/step-N/adapter decoded, unless it had another task."""
+    """Return the decoding settings of the run that made an adapter, RUN/best or RUN/step-N/adapter;
+    {} if another task is given."""
     saved = {}
     for folder in adapter.resolve().parents[:2]:
         if not saved and (folder / "config.json").is_file():

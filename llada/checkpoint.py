@@ -1,12 +1,13 @@
 """Files of a run, and its checkpoints.
 
 Every file is written under a temporary name and renamed when it is complete, so that a name always
-stands for a complete file. A checkpoint is a folder that is renamed in the same way:
+stands for a complete file, even if the process is killed. A checkpoint is a folder that is renamed
+in the same way:
 
     RUN/step-0000123/state.json             where the run stands (`State`)
                      shared.safetensors     what all ranks have in common: teacher, optimizer, ...
                      rank0.safetensors ...  each rank's rollouts and random numbers
-                     adapter/               the student, as a PEFT folder
+                     adapter/               the student, in the format of huggingface/peft
 
 The two newest checkpoints are kept. A run resumes from the newest one, on the same number of ranks.
 """
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,7 +29,7 @@ from torch import Tensor
 from dtm import check
 from llada.distributed import Ranks
 
-KEPT = 2  # checkpoints: if the newest one cannot be read, there is one more
+KEPT = 2  # checkpoints, so that one remains if the newest is damaged
 
 
 # ---- 1. Files -----------------------------------------------------------------------------------
@@ -43,7 +45,7 @@ def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def write_file(path: Path, content: dict | str) -> None:
-    """Write tensors (to a name that ends in .safetensors), text, or anything else as JSON."""
+    """Write a dict of tensors if the name ends in .safetensors, else a string, else JSON."""
     temporary = path.with_name(f".half-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
@@ -66,19 +68,19 @@ def read_tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[s
     """Yield the name and the value of the given tensors (default: all) of a safetensors file."""
     damaged = f"{path} is missing or damaged; copy or download it again"
     with explained(damaged, SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        for name in names or file.keys():
+        for name in file.keys() if names is None else names:
             yield name, file.get_tensor(name)
 
 
 def digest(content: object) -> str:
-    """Return the SHA-256 of a JSON value, by which a run recognises its rows."""
+    """Return the SHA-256 of a JSON value; a run compares it to detect changed rows."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 # ---- 2. The state of a run ----------------------------------------------------------------------
 @dataclass
 class State:
-    """Where a run stands. Together with the tensors of a checkpoint it determines the rest."""
+    """Where a run stands. With the tensors of a checkpoint it determines how the run continues."""
 
     a: float = 0.0  # the teacher's tilt
     h: float = 0.0  # the increment of the present phase
@@ -128,42 +130,47 @@ def save_checkpoint(
         found = len([*temporary.glob("rank*.safetensors")])
         advice = "all nodes must see one shared --out folder"
         check(found == ranks.size, f"{temporary} holds {found} of {ranks.size} ranks; {advice}")
-        # A folder loses its name before it is deleted, which may take long: no process that is
-        # killed meanwhile leaves half a checkpoint under the name of a complete one.
-        outdated = [unnamed(folder)] if folder.exists() else []  # a second stop in the same step
+        # Deleting is slow. A folder is renamed before, so that a process that is killed meanwhile
+        # leaves no part of a folder under the name of a checkpoint.
+        outdated = [renamed(folder)] if folder.exists() else []  # a run may stop twice at one step
         temporary.replace(folder)
-        outdated += [unnamed(old) for old in checkpoints(run)[:-KEPT]]
+        outdated += [renamed(old) for old in checkpoints(run)[:-KEPT]]
         for old in outdated:
             shutil.rmtree(old)
     ranks.barrier()  # no rank leaves before the checkpoint is complete
 
 
-def unnamed(folder: Path) -> Path:
-    """Rename a checkpoint so that it is none any more, and return the new name."""
+def renamed(folder: Path) -> Path:
+    """Rename a checkpoint so that it no longer counts as one, and return the new name."""
     return folder.replace(folder.with_name(f".half-{folder.name}-outdated"))
 
 
 def load_checkpoint(run: Path, ranks: Ranks) -> tuple[State, dict, dict, dict] | None:
     """Return state, shared tensors, own tensors and the student's tensors of the newest checkpoint.
 
-    None if there is no checkpoint yet. ValueError names a damaged file, and says that after its
-    folder is deleted the previous checkpoint is used.
+    None if there is no checkpoint yet. ValueError names a damaged file, and says how to go back to
+    the previous checkpoint.
     """
-    if ranks.rank == 0:  # what a process left that was killed while it saved or deleted
+    if ranks.rank == 0:  # remove what a killed process left behind
         for half in run.glob(".half-step-*"):
             shutil.rmtree(half)
     ranks.barrier()
-    found = checkpoints(run)
-    if not found:
+    newest = max((folder.name for folder in checkpoints(run)), default="step--1")
+    step = torch.tensor([int(newest.removeprefix("step-"))], device=ranks.device)
+    everywhere = ranks.gather(step).tolist()
+    apart = f"the ranks see different checkpoints in {run}: {everywhere}"
+    check(len(set(everywhere)) == 1, f"{apart}; wait until the shared folder is up to date")
+    if everywhere[0] < 0:
         return None
-    folder = found[-1]
-    with explained(f"delete {folder}, then the previous checkpoint is used", ValueError, TypeError):
+    folder = run / newest
+    advice = f"if a second try fails too, delete {folder}, and the previous checkpoint is used"
+    with explained(advice, ValueError, TypeError):
         state = State(**read_json(folder / "state.json"))
         shared = dict(read_tensors(folder / "shared.safetensors"))
         student = dict(read_tensors(folder / "adapter" / "adapter_model.safetensors"))
-    was = f"{run} ran on {state.ranks} ranks, but there are {ranks.size} now"
-    check(state.ranks == ranks.size, f"{was}; resume with {state.ranks} ranks")
-    with explained(f"delete {folder}, then the previous checkpoint is used", ValueError):
+    message = f"{run} ran on {state.ranks} ranks, but there are {ranks.size} now"
+    check(state.ranks == ranks.size, f"{message}; resume with {state.ranks} ranks")
+    with explained(advice, ValueError):
         own = dict(read_tensors(folder / f"rank{ranks.rank}.safetensors"))
     return state, shared, own, student
 

@@ -93,7 +93,7 @@ def model_inputs(
 
 
 def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
-    """Return (B, L) bool: the positions in blocks that begin before a completion's first end token.
+    """Return (B, L) bool: the positions up to the end of the block with the first end token.
 
     Tokens after the block of the first end token earn no reward, and no earlier token depends on
     them, because blocks are decoded from left to right. So they are neither decoded nor trained.

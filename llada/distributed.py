@@ -1,4 +1,4 @@
-"""The processes of a run: rank, device and dtype, exchange of numbers, and a clean stop.
+"""The processes of a run: rank, device and dtype, communication, and a clean stop.
 
 torchrun starts one process per GPU and sets RANK, LOCAL_RANK and WORLD_SIZE. Without torchrun there
 is one process. On GPUs the processes talk over NCCL and the base model is in bfloat16; on CPUs they
@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from dtm import check
 
-# The ranks meet after every optimizer step and every rollout batch. The longest wait is that of an
-# evaluation, where ranks decode different prompts and rank 0 compares the answers of all.
+# The ranks meet after every optimizer step and every batch of rollouts. Their longest waits are the
+# first download of the base model, and an evaluation, where rank 0 compares the answers of all.
 TIMEOUT = timedelta(minutes=30)
-STREAMS = 1_000_000  # a rank's seeds are this far from the next rank's
+SEED_STRIDE = 1_000_000  # the distance between the seeds of two ranks
 
 
 class Ranks:
-    """This process among all processes of a run.
+    """This process, and how it communicates with the other processes of a run.
 
     rank, size   its number, and the number of processes
     device       the CPU, or the GPU that belongs to its local rank
@@ -47,7 +47,8 @@ class Ranks:
         if self.cuda:
             self.use_gpu()
         if self.size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=TIMEOUT)
+            device = {"device_id": self.device} if self.cuda else {}
+            dist.init_process_group("nccl" if self.cuda else "gloo", timeout=TIMEOUT, **device)
 
     def use_gpu(self) -> None:
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -63,11 +64,11 @@ class Ranks:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def seed(self, seed: int, stream: int = 0) -> int:
-        """Return the seed of one of this rank's two streams of random numbers, 0 or 1.
+        """Return the seed of stream 0 or stream 1 of this rank's random numbers.
 
         Runs whose seeds are below 500,000 share no stream, on any rank.
         """
-        return seed + STREAMS * self.rank + STREAMS // 2 * stream
+        return seed + SEED_STRIDE * self.rank + SEED_STRIDE // 2 * stream
 
     def barrier(self) -> None:
         """Wait until every rank has come here."""
@@ -94,8 +95,8 @@ class Ranks:
                 dist.all_reduce(p.grad)
                 p.grad /= self.size
 
-    # SIGTERM and SIGINT set a flag, which all ranks look at together at points where a run is
-    # consistent. Whoever looks decides what to save before the processes leave.
+    # SIGTERM and SIGINT set a flag. All ranks check it together, between optimizer steps and after
+    # batches of rollouts. The caller of `agreed_signal` saves and exits.
     @contextlib.contextmanager
     def signals_caught(self) -> Iterator[None]:
         """Within this context SIGTERM and SIGINT are remembered instead of ending the process.
@@ -118,7 +119,9 @@ class Ranks:
     def remember(self, number: int, frame: object) -> None:
         self.signal = number
         if self.rank == 0:  # os.write, unlike print, is safe in a signal handler
-            os.write(2, b"\nstopping after the present step or rollout batch; please wait\n")
+            os.write(
+                2, b"\nstopping after this step, batch of rollouts or evaluation; please wait\n"
+            )
 
     def agreed_signal(self) -> int:
         """Return the number of a signal that any rank has received, the same on all; 0 for none."""
@@ -126,14 +129,14 @@ class Ranks:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """Call main(); bad input and faults of the machine end in one line and a non-zero exit code."""
+    """Call main(); for bad input or a system error, print one line and exit with a code not 0."""
     name = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):  # a test's or a notebook's stream
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
-        if dist.is_initialized():  # after an error this would wait for ranks that still compute
+        if dist.is_initialized():  # only now: after an error this would wait for busy ranks
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
         advice = "add --recompute, or take a smaller --batch with a larger --accum; in rollouts"
@@ -142,5 +145,5 @@ def run_as_script(main: Callable[[], None]) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:
-        print(f"{name}: stopped before anything had to be saved", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -6,6 +6,7 @@ loaded as folders of the library PEFT (huggingface/peft), and `merge` adds one t
 To adapt other projections, add a line to ADAPTED; its name is then a value of --lora.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -132,13 +133,14 @@ class LoRA(nn.Module):
 def base_of(adapter: Path, model: str = "") -> str:
     """Return the base model of an adapter: `model` if it is given, else the one that it records.
 
-    If the given model differs from the recorded one, a printed line says so. It is no error, since
-    the folder may have moved after the adapter was saved.
+    If the given model differs from the recorded one, rank 0 prints a line. This is not an error,
+    since the folder may have moved after the adapter was saved.
     """
     file = Path(adapter) / "adapter_config.json"
     recorded = read_json(file).get("base_model_name_or_path") or ""
     check(bool(model or recorded), f"{file} records no base model; add --model FOLDER")
-    if model and recorded and model != recorded:
+    first_rank = os.environ.get("RANK", "0") == "0"
+    if model and recorded and model != recorded and first_rank:
         tqdm.write(
             f"{adapter} was trained on {recorded}; now it is used on {model}, as --model says"
         )

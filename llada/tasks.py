@@ -76,10 +76,13 @@ def shortened(value: object) -> str:
 class Task:
     """A kind of question and its reward.
 
-    To add a task, write a subclass. Its name in lower case becomes the value of --task.
+    To add a task, write a subclass with `prompt` and `reward`, and with `columns` or `clean` if its
+    files need it. Its name in lower case becomes the value of --task. The texts that it is given
+    end before the first end token. Negative rewards count as 0 in training.
 
     top         the largest reward
-    columns     the keys of a row, each with the names that files use for it
+    columns     the keys of a row, each with the names that files use for it; empty: a row is the
+                whole record
     preset      changes to the default settings of a run
     generated   True if this file makes the rows; then the scores are not comparable with
                 published ones
