@@ -1,7 +1,7 @@
 """What the tests of LLaDA's loop share: a tiny base model, a small task, and runs that are stopped.
 
 As a script under torchrun this file is llada_finetune.py with the small task. The environment
-variable RANK_1 says when rank 1 receives a signal; see `signal_before`.
+variable RANK_1 holds the moment at which rank 1 receives a signal; see `signal_before`.
 """
 
 import json
@@ -63,7 +63,7 @@ class Uneven(Task):
         return sum(character in row["letters"] for character in text), len(text)
 
     def reward(self, text: str, row: dict) -> float:
-        return (self.cells(text, row)[0] - 1) / 7.5
+        return min(self.top, (self.cells(text, row)[0] - 1) / 7.5)
 
     def correct(self, text: str, row: dict) -> bool:
         return self.cells(text, row)[0] >= 4
@@ -91,7 +91,7 @@ def small_base(folder: Path) -> Iterator[Path]:
         yield folder
 
 
-def given(base: Path, out: Path, **more) -> dict:
+def settings(base: Path, out: Path, **more) -> dict:
     return {"task": "uneven", "model": str(base), "out": str(out)} | more
 
 
@@ -100,7 +100,7 @@ def tuned(base: Path, out: Path, ranks: Ranks | None = None, **more) -> finetune
 
     Everything is in float64 but the weights w and the control variate, which are float32.
     """
-    cfg = finetune.make_config(**given(base, out, **more))
+    cfg = finetune.make_config(**settings(base, out, **more))
     run = finetune.build_run(cfg, ranks or Ranks(), TASKS["uneven"].rows("train"), [])
     run.model.double()
     for i, p in enumerate([*run.student.parameters(), *run.teacher.parameters()]):
@@ -120,14 +120,14 @@ def steps_on(run: finetune.Run, data: dict[str, Tensor], count: int = 1) -> Simp
     run.state.evaluated, run.state.h = True, run.cfg.a_end
     run.state.step = run.cfg.steps_per_h - count
     parameters = [*run.student.parameters()]
-    found = SimpleNamespace(gradients=[], rows=[])
+    steps = SimpleNamespace(gradients=[], rows=[])
     run.optimizer.register_step_pre_hook(
-        lambda *_: found.gradients.append([p.grad.clone() for p in parameters])
+        lambda *_: steps.gradients.append([p.grad.clone() for p in parameters])
     )
-    hook = run.model.register_forward_pre_hook(lambda _, given: found.rows.append(len(given[0])))
+    hook = run.model.register_forward_pre_hook(lambda _, inputs: steps.rows.append(len(inputs[0])))
     finetune.train(run)
     hook.remove()
-    return found
+    return steps
 
 
 def near(actual, expected, **tolerance) -> None:
@@ -157,10 +157,10 @@ def names(out: Path) -> list[str]:
 
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """Return every tensor in the files of a folder, under the names file:tensor."""
-    found = {}
+    tensors = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        found |= {f"{path.relative_to(folder)}:{k}": t for k, t in load_file(path).items()}
-    return found
+        tensors |= {f"{path.relative_to(folder)}:{k}": t for k, t in load_file(path).items()}
+    return tensors
 
 
 def state_of(folder: Path) -> dict:
@@ -168,17 +168,17 @@ def state_of(folder: Path) -> dict:
     return read_json(folder / "state.json") | {"log_bytes": 0}
 
 
-def check_same(out: Path, whole: Path) -> None:
+def check_same(out: Path, reference: Path) -> None:
     """Compare two finished runs bit for bit: the log, the last checkpoint and RUN/best.
 
     The tensors are weights, averages, AdamW's moments, control variate, rollouts and generators.
     """
-    assert records(out) == records(whole)
-    assert names(out)[-1] == names(whole)[-1]
-    last = names(whole)[-1]
-    assert state_of(out / last) == state_of(whole / last)
+    assert records(out) == records(reference)
+    last = names(reference)[-1]
+    assert names(out)[-1] == last
+    assert state_of(out / last) == state_of(reference / last)
     for folder in (last, "best"):
-        assert_close(tensors_of(out / folder), tensors_of(whole / folder), atol=0, rtol=0)
+        assert_close(tensors_of(out / folder), tensors_of(reference / folder), atol=0, rtol=0)
     assert not [*out.glob(".half-*")]
 
 
@@ -190,25 +190,25 @@ FLAGS = """--task uneven --seed 8 --steps_per_h 8 --a_end 5 --h 9 --ess .4 --c l
 def command(base: Path, out: Path) -> list[str]:
     """Return the arguments of a run of two phases. It saves after steps 3, 6, 8, 9, 12, 15, 16.
 
-    Sixteen prompts are completed in four rollout batches, and eleven renewed ones in three.
+    Sixteen prompts are completed in four batches of rollouts, and eleven renewed ones in three.
     """
     return ["train", "--model", str(base), "--out", str(out), *FLAGS.split()]
 
 
 # What is watched, and at which place it is: which call of this process, which step, which path.
 MOMENTS: dict[str, tuple[object, str, Callable[..., object]]] = {
-    "rollout": (finetune.Buffer, "roll_out", lambda call, *given: call),
-    "evaluation": (finetune, "evaluate", lambda call, *given: call),
-    "step": (finetune, "log_step", lambda call, run, *given: run.state.total),
+    "rollout": (finetune.Buffer, "complete_pending", lambda call, *inputs: call),
+    "evaluation": (finetune, "evaluate", lambda call, *inputs: call),
+    "step": (finetune, "log_step", lambda call, run, *inputs: run.state.total),
     "rename": (Path, "replace", lambda call, path, target: Path(target)),
-    "unlink": (os, "unlink", lambda call, *given: call),
+    "unlink": (os, "unlink", lambda call, *inputs: call),
 }
 
 
 def signal_before(patch: pytest.MonkeyPatch, moment: str) -> None:
-    """Send this process a signal just before a moment, such as "SIGTERM step 5".
+    """Send this process a signal just before a place of the run: moment = "SIGTERM step 5".
 
-    rollout 3, evaluation 1  the third rollout batch, the first evaluation of this process
+    rollout 3, evaluation 1  the third batch of rollouts, the first evaluation of this process
     step 5                   step 5 of the run is logged; AdamW has moved already
     rename a/b               a file or folder gets this name, because it is complete
     unlink 2                 the second file that this process deletes
@@ -217,12 +217,12 @@ def signal_before(patch: pytest.MonkeyPatch, moment: str) -> None:
     owner, name, place_of = MOMENTS[kind]
     original, calls = getattr(owner, name), []
 
-    def watched(*given, **more):
+    def watched(*inputs, **more):
         calls.append(name)
-        place = place_of(len(calls), *given)
+        place = place_of(len(calls), *inputs)
         if place.match(which) if isinstance(place, Path) else place == int(which):
             os.kill(os.getpid(), signal.Signals[number])
-        return original(*given, **more)
+        return original(*inputs, **more)
 
     patch.setattr(owner, name, watched)
 
@@ -231,16 +231,16 @@ def one_process(moment: str, main: Callable, argv: list[str], torchrun: dict[str
     """Run main(argv) with the variables that torchrun would set and the signals of `moment`."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": ""} | torchrun
     TASKS["uneven"] = Uneven()
-    for part in filter(None, moment.split(", ")):
-        signal_before(pytest.MonkeyPatch(), part)
+    for signal_and_place in filter(None, moment.split(", ")):
+        signal_before(pytest.MonkeyPatch(), signal_and_place)
     run_as_script(lambda: main(argv))
 
 
 def exit_codes(argv: list[str], *moments: str, main: Callable = finetune.main) -> list[int]:
     """Run main(argv) on one rank per moment and return the exit codes of the ranks.
 
-    A moment says when its rank receives signals, such as "SIGTERM step 5, SIGKILL unlink 2"; see
-    `signal_before`.
+    A moment says which signals its rank receives and where, such as "SIGTERM step 5, SIGKILL
+    unlink 2"; see `signal_before`. The rank of an empty moment receives none.
     """
     context = multiprocessing.get_context("forkserver")  # imports torch once for all processes
     context.set_forkserver_preload(["loop_helpers"])

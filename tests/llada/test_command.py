@@ -31,7 +31,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(base, tmp_path_factory):
-    """The folder of a run of one phase without validation rows."""
+    """Return the folder of a run of one phase without validation rows."""
     out = tmp_path_factory.mktemp("run")
     finetune.main([*command(base, out), "--a_end", "2", "--eval_rows", "0"])
     return out
@@ -47,10 +47,12 @@ COUNTDOWN = """h=6 steps_per_h=1200 prompts=40 completions=6 refresh=10 refresh_
 PRESETS = [("sudoku", SUDOKU, 2, 512, 20), ("countdown", COUNTDOWN, 1, 768, 17)]
 
 
-@pytest.mark.parametrize("task, own, top, completions_per_step, phases", PRESETS)
-def test_the_presets_are_the_authors_settings(task, own, top, completions_per_step, phases):
+@pytest.mark.parametrize("task, task_settings, top, completions_per_step, phases", PRESETS)
+def test_the_presets_are_the_authors_settings(
+    task, task_settings, top, completions_per_step, phases
+):
     cfg = finetune.make_config(task=task)
-    for name, value in (pair.split("=") for pair in (AUTHORS + own).split()):
+    for name, value in (pair.split("=") for pair in (AUTHORS + task_settings).split()):
         actual = getattr(cfg, name)
         assert type(actual)(value) == actual, name
     assert (TASKS[task].top, 8 * cfg.batch * cfg.accum) == (top, completions_per_step)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import loop_helpers
 import pytest
 import torch
-from loop_helpers import MASK, Uneven, V, alone, given, near, read_lines, steps_on, tuned
+from loop_helpers import MASK, Uneven, V, alone, near, read_lines, settings, steps_on, tuned
 from torch import Generator, Tensor
 
 import dtm
@@ -52,9 +52,9 @@ def copies(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
-def watched(base, out, **settings) -> SimpleNamespace:
+def watched(base, out, **more) -> SimpleNamespace:
     """Train a run in float64, and return it with what happened in each of its steps."""
-    run = finetune.open_run(given(base, out, **settings), Ranks())
+    run = finetune.open_run(settings(base, out, **more), Ranks())
     run.model.double()
     finetune.begin_phase(run)
     steps, micro_batches, student = [], [], [*run.student.parameters()]
@@ -64,14 +64,14 @@ def watched(base, out, **settings) -> SimpleNamespace:
         at = trained_positions(run, batch)
         loss, kl = loss_by_rows(run, batch, at.c)
         gradient = torch.autograd.grad(loss, student)
-        found = {"loss": loss.item(), "kl": kl.item(), "gradient": gradient}
-        micro_batches.append(SimpleNamespace(batch=batch, at=at, **found))
+        expected = {"loss": loss.item(), "kl": kl.item(), "gradient": gradient}
+        micro_batches.append(SimpleNamespace(batch=batch, at=at, **expected))
         return at
 
     def watch_step(run, *sums, **more):
-        seen = {"data": run.buffer.data, "micro_batches": [*micro_batches]}
-        seen |= {"student": copies(run.student), "teacher": copies(run.teacher)}
-        steps.append(SimpleNamespace(**seen))
+        step = {"data": run.buffer.data, "micro_batches": [*micro_batches]}
+        step |= {"student": copies(run.student), "teacher": copies(run.teacher)}
+        steps.append(SimpleNamespace(**step))
         micro_batches.clear()
         log_step(run, *sums, **more)
 
@@ -101,7 +101,7 @@ FOUR = {"lora": "paper", "c": ".5", "ema": 0.9, "order": "random", "recompute": 
         pytest.param(FOUR | {"prompts": 8, "steps_per_h": 2}, id="four projections"),
     ],
 )
-def seen(base, tmp_path_factory, request):
+def history(base, tmp_path_factory, request):
     return watched(base, tmp_path_factory.mktemp("run"), **request.param)
 
 
@@ -112,49 +112,49 @@ def place_in_buffer(run: finetune.Run, step: SimpleNamespace) -> list[list[int]]
     for i, (row, x1) in enumerate(zip(rows, step.data["x1"].tolist(), strict=True)):
         place[(*run.buffer.prompt(row), None, *x1)] = i
     assert len(place) == len(rows)
-    found = []
+    places = []
     for m in step.micro_batches:
         prompts = [prompt.tolist() for prompt in unpadded(m.batch)]
         pairs = zip(prompts, m.batch.x1.tolist(), strict=True)
-        found.append([place[(*prompt, None, *x1)] for prompt, x1 in pairs])
-    return found
+        places.append([place[(*prompt, None, *x1)] for prompt, x1 in pairs])
+    return places
 
 
-def test_a_step_takes_different_completions(seen):
-    for step in seen.steps:
-        taken = sum(place_in_buffer(seen.run, step), [])
-        assert len(set(taken)) == len(taken) <= seen.cfg.batch * seen.cfg.accum
+def test_a_step_takes_different_completions(history):
+    for step in history.steps:
+        taken = sum(place_in_buffer(history.run, step), [])
+        assert len(set(taken)) == len(taken) <= history.cfg.batch * history.cfg.accum
 
 
-def test_D1_the_weights_tilt_by_h_and_are_normalized_as_the_setting_says(seen):
-    for step in seen.steps:
+def test_D1_the_weights_tilt_by_h_and_are_normalized_as_the_setting_says(history):
+    for step in history.steps:
         rows, w = step.data["row"], (step.h * step.data["r"]).exp()
         means = {
             "none": [1.0] * len(w),
             "batch": [float(w.mean())] * len(w),
             "group": [float(w[rows == row].mean()) for row in rows],
-        }[seen.cfg.normalize]
-        for m, places in zip(step.micro_batches, place_in_buffer(seen.run, step), strict=True):
+        }[history.cfg.normalize]
+        for m, places in zip(step.micro_batches, place_in_buffer(history.run, step), strict=True):
             expected = [float(w[i]) / means[i] for i in places]
             assert m.batch.w.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_D3_the_loss_of_a_step_row_by_row(seen):
-    drawn = seen.cfg.batch * seen.cfg.accum
-    for step in seen.steps:
+def test_D3_the_loss_of_a_step_row_by_row(history):
+    drawn = history.cfg.batch * history.cfg.accum
+    for step in history.steps:
         for name in ("loss", "kl"):
             expected = sum(getattr(m, name) for m in step.micro_batches) / drawn
             assert getattr(step, name) == pytest.approx(expected, rel=1e-4, abs=1e-9)
 
 
-def test_the_student_starts_at_the_teacher_and_follows_AdamW_on_the_clipped_mean_gradient(seen):
-    cfg, clipped = seen.cfg, 0
-    for phase in seen.phases:
+def test_the_student_starts_at_the_teacher_and_follows_AdamW_on_the_clipped_mean_gradient(history):
+    cfg, clipped = history.cfg, 0
+    for phase in history.phases:
         ps = [p.clone().requires_grad_() for p in phase[0].teacher.values()]
         adam = torch.optim.AdamW(ps, cfg.lr, (0.9, 0.99), 1e-8, cfg.weight_decay)
         for step in phase:
-            for p, *parts in zip(ps, *[m.gradient for m in step.micro_batches], strict=True):
-                p.grad = sum(parts) / (cfg.batch * cfg.accum)
+            for p, *gradients in zip(ps, *[m.gradient for m in step.micro_batches], strict=True):
+                p.grad = sum(gradients) / (cfg.batch * cfg.accum)
             norm = float(sum(p.grad.square().sum() for p in ps)) ** 0.5
             assert step.grad_norm == pytest.approx(norm, rel=1e-4)
             for p in ps:
@@ -177,10 +177,10 @@ def test_the_learning_rate_rises_over_5_and_falls_over_10_percent_of_a_phase():
     assert finetune.learning_rate(finetune.Config(steps_per_h=1, lr=2.0, lr_min=0.5), 0) == 0.5
 
 
-def test_a_phase_ends_at_the_students_average(seen):
-    ema = seen.cfg.ema
-    last = SimpleNamespace(teacher=copies(seen.run.teacher))
-    for phase, (after, *_) in pairwise([*seen.phases, [last]]):
+def test_a_phase_ends_at_the_students_average(history):
+    ema = history.cfg.ema
+    last = SimpleNamespace(teacher=copies(history.run.teacher))
+    for phase, (after, *_) in pairwise([*history.phases, [last]]):
         average = phase[0].teacher
         for step in phase:
             average = {k: ema * t + (1 - ema) * step.student[k] for k, t in average.items()}
@@ -188,9 +188,9 @@ def test_a_phase_ends_at_the_students_average(seen):
         assert (average["B.0:v_proj"] - phase[0].teacher["B.0:v_proj"]).abs().max() > 1e-3
 
 
-def test_a_refresh_replaces_the_oldest_rollouts(seen):
-    cfg = seen.cfg
-    for phase in seen.phases:
+def test_a_refresh_replaces_the_oldest_rollouts(history):
+    cfg = history.cfg
+    for phase in history.phases:
         for place, (before, now) in enumerate(pairwise(phase), 1):
             due = cfg.refresh > 0 and place % cfg.refresh_steps == 0
             gone = cfg.refresh * cfg.completions if due else 0
@@ -200,24 +200,24 @@ def test_a_refresh_replaces_the_oldest_rollouts(seen):
             assert len(now.data["x1"]) == cfg.prompts * cfg.completions
 
 
-def test_a_phase_begins_with_rollouts_of_its_own(seen):
-    for before, after in pairwise(seen.phases):
+def test_a_phase_begins_with_rollouts_of_its_own(history):
+    for before, after in pairwise(history.phases):
         old, new = before[-1].data["row"].tolist(), after[0].data["row"].tolist()
         assert len(old) == len(new) and not set(old) & set(new)
 
 
-def test_D7_D8_c_is_fitted_to_the_past_steps_of_the_phase_by_least_squares(seen):
+def test_D7_D8_c_is_fitted_to_the_past_steps_of_the_phase_by_least_squares(history):
     """The squared errors are weighted by q share^2, and by .95 per step since; c = 1 at first."""
-    for phase in seen.phases:
+    for phase in history.phases:
         for age, step in enumerate(phase):
-            found = torch.cat([m.at.c for m in step.micro_batches]).double()
+            c = torch.cat([m.at.c for m in step.micro_batches]).double()
             hidden = torch.cat([m.at.hidden for m in step.micro_batches])
-            if age == 0 or seen.cfg.c not in ("best", "learned"):
-                constant = 1.0 if seen.cfg.c in ("best", "learned") else float(seen.cfg.c)
-                near(found, torch.full_like(found, constant))
+            if age == 0 or history.cfg.c not in ("best", "learned"):
+                constant = 1.0 if history.cfg.c in ("best", "learned") else float(history.cfg.c)
+                near(c, torch.full_like(c, constant))
             else:
-                coefficients = fit_c(phase[:age], learned=seen.cfg.c == "learned")
-                near(found, features(hidden, len(coefficients)) @ coefficients, rtol=1e-3)
+                coefficients = fit_c(phase[:age], learned=history.cfg.c == "learned")
+                near(c, features(hidden, len(coefficients)) @ coefficients, rtol=1e-3)
 
 
 def features(hidden: Tensor, count: int) -> Tensor:
@@ -243,21 +243,45 @@ def fit_c(past: list, learned: bool) -> Tensor:
     return torch.linalg.lstsq(rows, targets).solution
 
 
-def test_the_log_says_where_the_run_stands(seen):
-    length = seen.cfg.steps_per_h
-    assert [step.total for step in seen.steps] == [*range(1, len(seen.steps) + 1)]
-    assert [step.phase for step in seen.steps] == [i // length for i in range(len(seen.steps))]
-    evaluations = [e for e in seen.log if e["kind"] == "eval"]
-    assert [e["phase"] for e in evaluations] == [*range(len(seen.phases) + 1)]
+def test_D7_the_learned_c_recovers_a_linear_c():
+    """With student = teacher the target y is w, here a linear function of the hidden state."""
+    noise = Generator().manual_seed(0)
+    hidden, other = torch.randn(2, 4000, 8, generator=noise)
+    logits, x1 = torch.randn(4000, 6, generator=noise), torch.randint(6, (4000,), generator=noise)
+    slope = torch.linspace(-1, 1, 8)
+    at = finetune.Positions(
+        logits=logits,
+        logits_a=logits,
+        hidden=hidden,
+        x1=x1,
+        w=2 + hidden @ slope,
+        c=torch.ones(4000),
+        share=torch.ones(4000),
+    )
+    control = finetune.ControlVariate("learned", 8, torch.device("cpu"))
+    control.observe(at)
+    assert (control(hidden) == 1).all()  # the step that it has just history is no past step
+    control.fit(Ranks())
+    near(control(other), 2 + other @ slope, atol=0.02)
+
+
+def test_the_log_says_where_the_run_stands(history):
+    length = history.cfg.steps_per_h
+    assert [step.total for step in history.steps] == [*range(1, len(history.steps) + 1)]
+    assert [step.phase for step in history.steps] == [
+        i // length for i in range(len(history.steps))
+    ]
+    evaluations = [e for e in history.log if e["kind"] == "eval"]
+    assert [e["phase"] for e in evaluations] == [*range(len(history.phases) + 1)]
     assert [e["total"] for e in evaluations] == [i * length for i in range(len(evaluations))]
-    ends = [phase[0].a + phase[0].h for phase in seen.phases]
+    ends = [phase[0].a + phase[0].h for phase in history.phases]
     assert [e["a"] for e in evaluations] == pytest.approx([0.0, *ends])
-    assert [phase[0].a for phase in seen.phases] == pytest.approx([0.0, *ends[:-1]])
-    assert ends[-1] == pytest.approx(seen.cfg.a_end)
+    assert [phase[0].a for phase in history.phases] == pytest.approx([0.0, *ends[:-1]])
+    assert ends[-1] == pytest.approx(history.cfg.a_end)
 
 
-def test_the_log_describes_the_buffer(seen):
-    for step in seen.steps:
+def test_the_log_describes_the_buffer(history):
+    for step in history.steps:
         r, w = step.data["r"], (step.h * step.data["r"]).exp()
         assert step.reward == pytest.approx(float(r.mean()))
         assert step.reward_sd == pytest.approx(float((r - r.mean()).square().mean()) ** 0.5)
@@ -270,18 +294,18 @@ def test_the_log_describes_the_buffer(seen):
         assert step.seconds.keys() == {"rollout", "train", "eval", "save"} and step.skipped == 0
 
 
-def test_D9_h_keeps_the_effective_sample_size(seen):
-    firsts = [phase[0] for phase in seen.phases]
-    assert min(step.ess for step in firsts) > seen.cfg.ess - 1e-6
+def test_D9_h_keeps_the_effective_sample_size(history):
+    firsts = [phase[0] for phase in history.phases]
+    assert min(step.ess for step in firsts) > history.cfg.ess - 1e-6
     for step in firsts[:-1]:  # the last h is cut at a_end
-        assert step.h == seen.cfg.h or step.ess == pytest.approx(seen.cfg.ess, abs=1e-3)
+        assert step.h == history.cfg.h or step.ess == pytest.approx(history.cfg.ess, abs=1e-3)
 
 
-def test_RUN_best_is_the_first_teacher_that_solves_most_validation_rows(seen):
-    evaluations = [e for e in seen.log if e["kind"] == "eval"]
+def test_RUN_best_is_the_first_teacher_that_solves_most_validation_rows(history):
+    evaluations = [e for e in history.log if e["kind"] == "eval"]
     best = max(evaluations, key=lambda e: e["solved"])["phase"]
-    teachers = [phase[0].teacher for phase in seen.phases] + [copies(seen.run.teacher)]
-    saved = LoRA.load(seen.run.out / "best", seen.run.model.config)
+    teachers = [phase[0].teacher for phase in history.phases] + [copies(history.run.teacher)]
+    saved = LoRA.load(history.run.out / "best", history.run.model.config)
     near(copies(saved), {k: t.float() for k, t in teachers[best].items()})
 
 
@@ -289,7 +313,7 @@ def test_RUN_best_is_the_first_teacher_that_solves_most_validation_rows(seen):
 def test_rollouts_are_the_teachers_completions_as_if_each_prompt_were_alone(base, tmp_path):
     task = TASKS["uneven"]
     run = tuned(base, tmp_path, prompts=8, completions=2, temperature=0.0)
-    finetune.roll_out(run, 8)
+    finetune.fill_buffer(run, 8)
     data = run.buffer.data
     rows = data["row"].tolist()
     assert len(set(rows)) == 8 and rows[::2] == rows[1::2]
@@ -356,9 +380,9 @@ def test_the_masks_are_those_of_mask_blockwise():
     x1 = torch.tensor([[4, 5, 6, 7]]).expand(8000, 4)
     xt, _ = dtm.mask_blockwise(x1, MASK, 2, Generator().manual_seed(0))
     states, count = xt.unique(dim=0, return_counts=True)
-    found = dict(zip(map(tuple, states.tolist()), (count / 8000).tolist(), strict=True))
+    shares = dict(zip(map(tuple, states.tolist()), (count / 8000).tolist(), strict=True))
     expected = {tuple(masked(x1[:1], at)[0][0].tolist()): p for at, p in MASKS.items()}
-    assert found == pytest.approx(expected, abs=0.0242)
+    assert shares == pytest.approx(expected, abs=0.0242)
 
 
 def test_D3_the_mean_gradient_is_that_of_the_full_loss_up_to_the_block_of_the_end(
@@ -407,12 +431,12 @@ def test_a_step_without_any_trained_position_has_a_zero_gradient(base, tmp_path,
 
 @pytest.mark.parametrize("c", ["0.7", "learned"])
 def test_the_size_of_a_micro_batch_changes_nothing(base, tmp_path, c):
-    found = []
+    gradients = []
     for batch in (1, 2, 3, 6):
-        settings = SHORT | {"batch": batch, "accum": 6 // batch, "c": c}
-        run = tuned(base, tmp_path / str(batch), **settings)
-        found.append(flat(sum(steps_on(run, rollouts(ENDED), 3).gradients, [])))
-        near(found[-1], found[0], atol=1e-4, rtol=1e-4)  # c is float32
+        sizes = {"batch": batch, "accum": 6 // batch}
+        run = tuned(base, tmp_path / str(batch), **SHORT | sizes | {"c": c})
+        gradients.append(flat(sum(steps_on(run, rollouts(ENDED), 3).gradients, [])))
+        near(gradients[-1], gradients[0], atol=1e-4, rtol=1e-4)  # c is float32
 
 
 # ---- 4. Evaluation -------------------------------------------------------------------------------
@@ -441,25 +465,3 @@ def test_scores_are_those_of_completions_decoded_alone(base, tmp_path):
     share = right.sum() / all_cells.sum()
     error = (right - share * all_cells).square().mean().sqrt() / all_cells.mean() / 7**0.5
     assert scores == pytest.approx(expected | {"cells": float(share), "cells_se": float(error)})
-
-
-def test_D7_the_learned_c_recovers_a_linear_c():
-    """With student = teacher the target y is w, here a linear function of the hidden state."""
-    noise = Generator().manual_seed(0)
-    hidden, other = torch.randn(2, 4000, 8, generator=noise)
-    logits, x1 = torch.randn(4000, 6, generator=noise), torch.randint(6, (4000,), generator=noise)
-    slope = torch.linspace(-1, 1, 8)
-    at = finetune.Positions(
-        logits=logits,
-        logits_a=logits,
-        hidden=hidden,
-        x1=x1,
-        w=2 + hidden @ slope,
-        c=torch.ones(4000),
-        share=torch.ones(4000),
-    )
-    control = finetune.ControlVariate("learned", 8, torch.device("cpu"))
-    control.observe(at)
-    assert (control(hidden) == 1).all()  # the step that it has just seen is no past step
-    control.fit(Ranks())
-    near(control(other), 2 + other @ slope, atol=0.02)

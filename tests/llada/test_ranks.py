@@ -30,8 +30,8 @@ from llada.distributed import Ranks
 from llada.tasks import TASKS
 
 KILLED = -signal.SIGKILL
-# Each line is two processes: when either receives signals, their exit codes, and the newest
-# checkpoint that they leave. A rank that loses the other one fails with 1.
+# Each line is one start of a run: the moments at which rank 0 and rank 1 receive signals, their
+# exit codes, and the step of the newest checkpoint. A rank that loses the other one fails with 1.
 KILLS = [
     ("", "SIGKILL rollout 2", [1, KILLED], None),
     ("SIGKILL step 1", "SIGKILL step 1", [KILLED, KILLED], None),
@@ -74,7 +74,7 @@ def two_ranks(argv: list[str]) -> None:
     """Finish the interrupted runs on this rank, and save what the tests compare."""
     base, out = map(Path, argv)
     ranks = Ranks()
-    for name in ("whole", "killed", "stopped"):
+    for name in ("uninterrupted", "killed", "stopped"):
         finetune.main(short(base, out / name))
     for argv, message in (
         (["--out", str(out / "alone")], "ran on 1 ranks, but there are 2 now; resume with 1"),
@@ -83,15 +83,15 @@ def two_ranks(argv: list[str]) -> None:
         with pytest.raises(ValueError, match=message):
             finetune.main(argv)
     run = tuned(base, out / "steps", ranks, **STEPS)
-    finetune.roll_out(run, 16)
+    finetune.fill_buffer(run, 16)
     data = {key: t.clone() for key, t in run.buffer.data.items()}
     if ranks.rank == 1:
         data["x1"][:12, 0] = loop_helpers.END  # this rank has fewer micro-batches
     scores = finetune.evaluate_teacher(run, TASKS["uneven"].rows("test"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune, "mask_blockwise", mask_by_content)
-        found = {"data": data, "scores": scores, **vars(steps_on(run, data, 2))}
-    torch.save(found, out / f"{ranks.rank}.pt")
+        results = {"data": data, "scores": scores, **vars(steps_on(run, data, 2))}
+    torch.save(results, out / f"{ranks.rank}.pt")
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def die_under_torchrun(argv: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def ranks(base, tmp_path_factory):
-    """The folder in which two ranks worked, and what either found."""
+    """Return the folder in which two ranks worked, and the results of either."""
     out = tmp_path_factory.mktemp("ranks")
     interrupt(base, out / "killed", KILLS)
     said = die_under_torchrun(short(base, out / "killed"))
@@ -124,28 +124,28 @@ def ranks(base, tmp_path_factory):
 
 
 def test_killed_ranks_resume_bit_for_bit(ranks):
-    check_same(ranks[0] / "killed", ranks[0] / "whole")
+    check_same(ranks[0] / "killed", ranks[0] / "uninterrupted")
 
 
 def test_a_signal_at_one_rank_stops_both_and_they_resume_bit_for_bit(ranks):
-    check_same(ranks[0] / "stopped", ranks[0] / "whole")
+    check_same(ranks[0] / "stopped", ranks[0] / "uninterrupted")
 
 
 def test_three_ranks_resume_bit_for_bit(base, tmp_path):
     """The sum of three numbers depends on the order in which they are added."""
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert exit_codes([*short(base, whole), "--a_end", "3"], "", "", "") == [0, 0, 0]
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    assert exit_codes([*short(base, uninterrupted), "--a_end", "3"], "", "", "") == [0, 0, 0]
     argv = [*short(base, stopped), "--a_end", "3"]
     assert exit_codes(argv, "", "SIGTERM step 2", "") == [143, 143, 143]
     assert exit_codes(argv, "", "", "") == [0, 0, 0]
-    check_same(stopped, whole)
+    check_same(stopped, uninterrupted)
 
 
 def test_ranks_share_neither_prompts_nor_random_numbers(ranks, base):
-    last = tensors_of(ranks[0] / "whole" / names(ranks[0] / "whole")[-1])
+    last = tensors_of(ranks[0] / "uninterrupted" / names(ranks[0] / "uninterrupted")[-1])
     for name in ("generator", "dropout"):
         assert not torch.equal(*[last[f"rank{rank}.safetensors:{name}"] for rank in (0, 1)])
-    one, two = (set(found["data"]["row"].tolist()) for found in ranks[1:])
+    one, two = (set(results["data"]["row"].tolist()) for results in ranks[1:])
     assert len(one) == len(two) == 16 and not one & two
     streams = [
         Ranks.seed(SimpleNamespace(rank=rank), seed, stream)
@@ -166,12 +166,12 @@ def test_two_ranks_with_different_numbers_of_micro_batches_step_as_one_process(
     run = tuned(base, tmp_path, **STEPS | {"prompts": 32, "accum": 8})
     steps = steps_on(run, data, 2)
     for both in zip(steps.gradients, one["gradients"], two["gradients"], strict=True):
-        for expected, *found in zip(*both, strict=True):
-            near(found, [expected] * 2, atol=1e-4, rtol=1e-4)  # c is float32
-    for expected, found in zip(records(tmp_path), records(out / "steps"), strict=True):
-        assert found.pop("kind") == expected.pop("kind") == "step"
+        for expected, *of_ranks in zip(*both, strict=True):
+            near(of_ranks, [expected] * 2, atol=1e-4, rtol=1e-4)  # c is float32
+    for expected, record in zip(records(tmp_path), records(out / "steps"), strict=True):
+        assert record.pop("kind") == expected.pop("kind") == "step"
         for key, value in expected.items():
-            assert found[key] == pytest.approx(value, rel=1e-4), key
+            assert record[key] == pytest.approx(value, rel=1e-4), key
 
 
 def test_two_ranks_score_as_one_process(ranks, base, tmp_path):

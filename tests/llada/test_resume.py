@@ -13,16 +13,17 @@ from loop_helpers import (
     command,
     complaint,
     exit_codes,
-    given,
     names,
     read_lines,
     records,
+    settings,
     signal_before,
     small_base,
 )
 
 import llada_finetune as finetune
 from figures import toy_llada
+from llada.checkpoint import read_json, write_file
 from llada.distributed import Ranks
 from llada.tasks import TASKS
 
@@ -33,9 +34,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(base, tmp_path_factory):
-    """A run that was never stopped."""
-    out = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(base, tmp_path_factory):
+    """Return the folder of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
     finetune.main(command(base, out))
     evaluations = [record for record in records(out) if record["kind"] == "eval"]
     assert [(e["phase"], e["total"]) for e in evaluations] == [(0, 0), (1, 8), (2, 16)]
@@ -44,7 +45,7 @@ def whole(base, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(base, tmp_path_factory):
-    """The same run, stopped in its second phase."""
+    """Return the folder of the same run, stopped in its second phase."""
     out = tmp_path_factory.mktemp("stopped") / "run"
     assert exit_codes(command(base, out), "SIGTERM step 13") == [143]
     assert names(out) == ["step-0000012", "step-0000013"]
@@ -57,8 +58,8 @@ def copied(stopped, tmp_path):
 
 
 # ---- 1. Killed and stopped runs ------------------------------------------------------------------
-# Each line is one process of a run: when it receives signals, its exit code, and the newest
-# checkpoint that it leaves.
+# Each line is one start of a run: the moment at which it receives signals, its exit code, and the
+# step of the newest checkpoint.
 KILLED = -signal.SIGKILL
 ROLLOUTS = [
     ("SIGKILL rollout 3", KILLED, None),
@@ -97,13 +98,13 @@ STOPS = [
     ("SIGINT rollout 1", 130, 3),
     ("SIGTERM step 8", 143, 8),  # the last step of a phase
     ("SIGTERM evaluation 1", 143, 8),  # before this phase becomes RUN/best
-    ("SIGTERM rollout 4", 143, 9),  # in the last rollout batch, which a step follows
+    ("SIGTERM rollout 4", 143, 8),  # the last batch: the buffer is complete
     ("SIGINT step 16", 130, 16),
 ]
 
 
 @pytest.mark.parametrize(
-    "processes",
+    "starts",
     [
         pytest.param(ROLLOUTS, id="killed in rollouts"),
         pytest.param(STEPS, id="killed in steps and evaluations"),
@@ -112,20 +113,20 @@ STOPS = [
         pytest.param(STOPS, id="stopped"),
     ],
 )
-def test_a_run_resumes_bit_for_bit(base, tmp_path, whole, processes):
+def test_a_run_resumes_bit_for_bit(base, tmp_path, uninterrupted, starts):
     out = tmp_path / "run"
-    for moments, code, newest in processes:
-        assert exit_codes(command(base, out), moments) == [code], moments
-        assert names(out)[-1:] == ([] if newest is None else [f"step-{newest:07}"]), moments
+    for moment, code, newest in starts:
+        assert exit_codes(command(base, out), moment) == [code], moment
+        assert names(out)[-1:] == ([] if newest is None else [f"step-{newest:07}"]), moment
     finetune.main(command(base, out))
-    check_same(out, whole)
+    check_same(out, uninterrupted)
 
 
-def test_a_run_in_a_thread_needs_no_signal_handlers(base, tmp_path, whole):
+def test_a_run_in_a_thread_needs_no_signal_handlers(base, tmp_path, uninterrupted):
     thread = threading.Thread(target=finetune.main, args=(command(base, tmp_path),))
     thread.start()
     thread.join()
-    check_same(tmp_path, whole)
+    check_same(tmp_path, uninterrupted)
 
 
 def test_a_toy_run_that_was_stopped_writes_its_result(base, tmp_path, monkeypatch):
@@ -146,27 +147,27 @@ def test_a_toy_run_that_was_stopped_writes_its_result(base, tmp_path, monkeypatc
     assert (tmp_path / "toy.png").is_file()
 
 
-# ---- 3. What may change --------------------------------------------------------------------------
-def test_a_run_resumes_without_its_flags_and_then_changes_no_more(copied, whole):
+# ---- 2. What may change --------------------------------------------------------------------------
+def test_a_run_resumes_without_its_flags_and_then_changes_no_more(copied, uninterrupted):
     finetune.main(["train", "--out", str(copied)])
-    check_same(copied, whole)
+    check_same(copied, uninterrupted)
     finetune.main(["--out", str(copied)])
-    check_same(copied, whole)
+    check_same(copied, uninterrupted)
 
 
-def test_memory_and_bookkeeping_may_change(copied, whole, base):
+def test_memory_and_bookkeeping_may_change(copied, uninterrupted, base):
     finetune.main([*command(base, copied), "--recompute", "--save_every", "2"])
-    check_same(copied, whole)
+    check_same(copied, uninterrupted)
 
 
-def test_the_size_of_a_rollout_batch_may_change(base, tmp_path):
+def test_the_size_of_a_batch_of_rollouts_may_change(base, tmp_path):
     assert exit_codes(command(base, tmp_path), "SIGTERM rollout 2") == [143]
     finetune.main([*command(base, tmp_path), "--chunk", "3"])
     assert records(tmp_path)[-1]["a"] == 5
 
 
-# ---- 4. What is refused --------------------------------------------------------------------------
-PARTS = [
+# ---- 3. What is refused, and what is torn --------------------------------------------------------
+FILES = [
     "rank0.safetensors",
     "shared.safetensors",
     "state.json",
@@ -174,18 +175,33 @@ PARTS = [
 ]
 
 
-def test_a_torn_file_names_itself_and_the_previous_checkpoint_resumes(copied, stopped, whole):
+def test_a_torn_file_names_itself_and_the_previous_checkpoint_resumes(
+    copied, stopped, uninterrupted
+):
     newest = copied / "step-0000013"
-    for part in PARTS:
+    for file in FILES:
         for damage in (lambda path: os.truncate(path, 9), Path.unlink):
-            damage(newest / part)
+            damage(newest / file)
             message = complaint("--out", copied)
-            assert f"{newest / part} " in message
-            assert f"delete {newest}, then the previous checkpoint is used" in message
-            shutil.copy(stopped / newest.name / part, newest / part)
+            assert f"{newest / file} " in message
+            assert f"delete {newest}, and the previous checkpoint is used" in message
+            shutil.copy(stopped / newest.name / file, newest / file)
     shutil.rmtree(newest)
     finetune.main(["--out", str(copied)])
-    check_same(copied, whole)
+    check_same(copied, uninterrupted)
+
+
+def test_a_file_has_its_old_content_until_the_new_one_is_complete(tmp_path, monkeypatch):
+    def write_half(path, text):
+        path.write_bytes(text[: len(text) // 2].encode())
+        raise OSError("no space left on device")
+
+    file = tmp_path / "config.json"
+    write_file(file, {"h": 1.0})
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(OSError):
+        write_file(file, {"h": 2.0})
+    assert read_json(file) == {"h": 1.0}
 
 
 def test_changed_settings_are_named_with_their_values(copied, base):
@@ -208,11 +224,13 @@ def test_changed_rows_are_refused(base, tmp_path):
     data, out = tmp_path / "rows.jsonl", tmp_path / "run"
     lines = [json.dumps(row) for row in TASKS["uneven"].rows("train")]
     data.write_text("\n".join(lines))
-    finetune.open_run(given(base, out, data=str(data)), Ranks())
+    finetune.open_run(settings(base, out, data=str(data)), Ranks())
     moved = data.rename(tmp_path / "moved.jsonl")
     finetune.open_run({"out": str(out), "data": str(moved)}, Ranks())
     moved.write_text("\n".join(lines[1:]))
-    assert "the rows of --data have changed since" in complaint("--out", out, "--data", moved)
+    assert "the training rows (--data) have changed since" in complaint(
+        "--out", out, "--data", moved
+    )
 
 
 def test_a_run_without_its_settings_is_refused(copied):
