@@ -175,15 +175,16 @@ def test_eval_of_given_rows(base, tmp_path, capsys):
     assert (table["adapter"], table["lengths"]["16"]["n"]) == (None, 1)
 
 
-def test_a_merged_model_completes_as_the_base_with_its_adapter(run, tmp_path):
+def test_a_merged_model_completes_as_the_base_with_its_adapter(run, base, tmp_path):
     merged = tmp_path / "merged"
     finetune.main(["merge", str(merged), "--adapter", str(run / "best")])
-    evaluations = {"adapter": ["--adapter", str(run / "best")], "merged": ["--model", str(merged)]}
-    for name, words in evaluations.items():
-        out = str(tmp_path / name)
-        finetune.main(["eval", *words, "--task", "uneven", "--lengths", "16", "--out", out])
-    one, two = (read_lines(tmp_path / name / "eval-16.jsonl") for name in evaluations)
-    assert one == two
+    texts = []
+    for words in (["--adapter", run / "best"], ["--model", merged], ["--model", base]):
+        out = tmp_path / str(len(texts))
+        words = ["eval", *words, "--task", "uneven", "--lengths", 16, "--out", out]
+        finetune.main([str(word) for word in words])
+        texts.append([line["text"] for line in read_lines(out / "eval-16.jsonl")])
+    assert texts[0] == texts[1] != texts[2]
     assert "exists already; merge into a new folder" in complaint(
         "merge", merged, "--adapter", run / "best"
     )

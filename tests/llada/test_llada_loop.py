@@ -44,6 +44,7 @@ def loss_by_rows(run: finetune.Run, batch: finetune.MicroBatch, c: Tensor) -> tu
 
 
 def unpadded(batch: finetune.MicroBatch) -> list[Tensor]:
+    """Return the prompts of a micro-batch without padding."""
     ids, visible = batch.prompts
     return [*ids] if visible is None else [row[v] for row, v in zip(ids, visible, strict=True)]
 
