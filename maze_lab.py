@@ -11,7 +11,7 @@
 THE TASK. A sequence is a path through a grid maze. It has L moves, and each move is one of 0 (up),
 1 (right), 2 (down) and 3 (left). A move into a wall or off the grid is a bump: the walker stays
 where it is. The reward measures progress, r = 1 - dist(end, goal) / dist(start, goal), where dist
-is the number of moves along a shortest path. In some random mazes it can be negative, because a
+is the number of moves along a shortest path. In some random mazes r can be negative, because a
 path can end farther from the goal than it started. L is dist(start, goal), so r = 1 exactly on the
 shortest paths. The target distribution, defined below, puts most of its mass on them, so they are
 its modes. A method that loses some of them has collapsed. This is the default maze:
@@ -154,8 +154,8 @@ def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
 C_0, C_1 = paper_arm("c = 0", c=0.0), paper_arm("c = 1", c=1.0)
 SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)  # From here on the arms are ours.
 BEST_SCALAR, LEARNED = Arm("best scalar c", c=FittedC.SCALAR), Arm("learned c")
-# A policy gradient has no teacher term, so c = 0. Its loss is not bounded below, and with the
-# learning rate of the other arms it does not reach the goal.
+# A policy gradient has no teacher term, so c = 0. Its loss is not bounded below: with the learning
+# rate of the other arms, paths lose all of their probability, and the KL becomes infinite.
 REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
@@ -201,8 +201,8 @@ def tilt(
 ) -> Iterator[Phase]:
     """Run DTM from rho_0, the model `base`, to rho_A, and yield each phase when it is finished.
 
-    These are the six steps of the algorithm at the head of dtm.py. choose_h(a, r) returns the
-    increment h at tilt a, where the rollouts have the rewards r (section 4).
+    The comments 1 to 6 are the items of the algorithm at the head of dtm.py. choose_h(a, r) returns
+    the increment h at tilt a, where the rollouts have the rewards r (section 4).
     """
     device = next(base.parameters()).device
     noise = Generator(device).manual_seed(seed)
@@ -500,7 +500,7 @@ def train_base(maze: Maze, cfg: Config, seed: int, device: str) -> MazeNet:
 
     This is the loss (D3) with w = 1 and c = 0.
     """
-    torch.manual_seed(seed)  # for the initial weights; all else has a generator of its own
+    torch.manual_seed(seed)  # The initial weights use it; all else has its own generator.
     net = MazeNet(maze.L, cfg).to(device)
     walk_noise = Generator().manual_seed(seed)
     mask_noise = Generator(device).manual_seed(seed)
@@ -520,7 +520,7 @@ def tabulate(net: nn.Module, L: int) -> dtm.Table:
     states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
     logits = torch.empty(len(states), L, V, device=states.device)
     for chunk, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
-        chunk.copy_(net(xt))  # in place, because many small results would fragment the memory
+        chunk.copy_(net(xt))  # Many small results would fragment the memory.
     return dtm.Table(logits).requires_grad_(False)
 
 
