@@ -43,7 +43,8 @@ def named_commands() -> list[str]:
     """Return every command that starts with python or torchrun in a code block or code span."""
     found = set()
     for text in (README, GALLERY):
-        lines = "\n".join(re.findall(r"```\n(.*?)```", text, re.S)).splitlines()
+        blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+        lines = "\n".join(block for language, block in blocks if not language).splitlines()
         for line in lines + re.findall(r"`([^`\n]+)`", text):
             for part in line.split("#")[0].split("&&"):
                 if part.strip().startswith(("python ", "torchrun ")):
