@@ -724,6 +724,7 @@ def format_table(result: dict, columns: dict[str, str]) -> str:
 
 
 def format_cell(rows: list[dict], key: str) -> str:
+    """Return the mean of a metric and its standard error, or a dash if a row lacks the metric."""
     if any(row.get(key) is None for row in rows):
         return "-"
     mean, error = mean_and_error(rows, key)

@@ -93,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     text = "Write maze.gif to this folder (default runs/maze)."
     parser.add_argument("--out", type=Path, default=Path("runs/maze"), help=text)
     args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)  # A folder that cannot be made fails at once.
     torch.set_num_threads(1)
     cfg = lab.Config(**(lab.QUICK if args.quick else {}))
     maze = lab.make_maze(cfg)
