@@ -12,14 +12,15 @@ DTM takes such a model and a reward r(x) for finished sequences. The base model 
 with some probability rho_0(x). DTM trains it until it writes x with a probability proportional to
 rho_0(x) e^{A r(x)}, for a number A that the user chooses. This distribution rho_A is called a tilt
 of rho_0: it prefers a high reward, and it does not change the relative probabilities of sequences
-with equal reward. DTM never computes the probability of a whole sequence, a sum over L! orders.
+with equal reward. DTM never computes the probability of a whole sequence, which would be a sum over
+L! orders.
 
 GLOSSARY
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
 x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
 xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
-mask    (B, L)  True at the masked positions that the loss uses, with `mask_random` all of them;
-                their number is k in one sequence and M in the batch
+mask    (B, L)  True at the masked positions that enter the loss (all masked positions, if
+                `mask_random` made xt): k of them in one sequence, M in the batch
 r       (B,)    the reward r(x1) of each sequence
 rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
 h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
@@ -36,7 +37,7 @@ c               the coefficient of the control variate pi_a - e, a number or one
 T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                (D3)
 
 The equations are numbered (D1) to (D12) here; (D10) is in figures/rivals/objectives.py. Prop. 3.3
-is a number of the paper. "Ours" marks what we added to the paper's method. The method with a
+is numbered as in the paper. "Ours" marks what we added to the paper's method. The method with a
 control variate is called c-DTM.
 
 THE ALGORITHM, which `tilt_matching` runs below
@@ -100,14 +101,14 @@ def tilt_matching(
 
     model       the base model; parameters that require no gradient stay as they are
     reward      takes finished sequences (n, length), integers, and returns their rewards (n,)
-    a_end, h, c the final tilt A, its increment in each phase, the weight of the control variate
+    a_end, h, c the final tilt A, its increment in each phase, the coefficient of (D3)
     rollouts    the number of sequences that the teacher draws in each phase
     steps       the number of gradient steps in each phase, on `batch` of these sequences each
     lr          the peak of the learning rate, which falls to 0 in a phase; later peaks are lower
     normalize   divide the weights of a phase by their mean, see `tilt_weight`
     generator   the source of randomness, on the model's device (None: a new one with seed 0)
-    watch       is called as watch(a, rewards, model) at the end of each phase: a is the tilt at its
-                start, rewards are those of the teacher's sequences, and model is the student
+    watch       is called as watch(a, rewards, model) at the end of each phase: a is the tilt at the
+                start of it, rewards are those of the teacher's sequences, and model is the student
 
     Raise ValueError if no parameter can be trained, or if a reward or a loss is not finite.
     """
@@ -124,7 +125,7 @@ def tilt_matching(
         got = f"tilt_matching: the reward returned the shape {[*rewards.shape]}"
         check(rewards.shape == (rollouts,), f"{got}; return one number per row of x1")
         w = tilt_weight(rewards, increment, normalize)  # (rollouts,)
-        peak = lr * (1 - 0.8 * a / a_end)  # the later the phase, the less there is to move
+        peak = lr * (1 - 0.8 * a / a_end)  # later phases use a smaller peak
         for step in range(steps):
             rows = torch.randint(rollouts, (batch,), generator=generator, device=device)
             xt, mask = mask_random(x1[rows], mask_id, generator)  # step 3
@@ -165,7 +166,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 
     Why normalize: the best c is about E_a[w], so that c = 1 is close to the best for normalized
     weights and a moderate h. A constant factor of the weights does not move the minimiser of the
-    loss. But mean(w) is an estimate of Z and thus random, which moves the minimiser by O(1/B).
+    loss. But mean(w) is an estimate of Z and thus random, which moves the minimiser by O(1/n), n
+    weights.
     """
     log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -204,15 +206,15 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # Z(xt) pi_{a+h} by (D2). But c changes the variance of the loss, see section 4. The number c may
 # depend on xt and i, but not on the tokens behind the masks.
 #
-# DTM assumes a consistent teacher. We used that softmax(logits_a) is the posterior E_a[e | xt] of
-# the distribution that x1 was drawn from. A network satisfies this only approximately. Example:
-# there are two positions and two tokens. The teacher tosses a coin for the first token, whether the
-# second is known or not. It tosses a coin for the second if the first is unknown, and else copies
-# the first. In random order, where the second token comes first half of the time, it writes 00, 01,
-# 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second token copies a
-# known first one with probability 3/4, not 1. With c = 0 the logits of the teacher do not enter,
-# and the minimiser is still the tilt of the distribution that drew x1. With another c the mean
-# target is wrong by c (pi_a - E_a[e | xt]).
+# DTM assumes a consistent teacher: softmax(logits_a) is the posterior E_a[e | xt] of the
+# distribution that x1 was drawn from. A network satisfies this only approximately. Example: there
+# are two positions and two tokens. The teacher tosses a coin for the first token, whether the
+# second is known or not. For the second it tosses a coin if the first is unknown; otherwise it
+# copies the first. In random order, where the second token comes first half of the time, it writes
+# 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second token
+# copies a known first one with probability 3/4, not 1. With c = 0 the logits of the teacher do not
+# enter, and the minimiser is still the tilt of the distribution that drew x1. With another c the
+# mean target is wrong by c (pi_a - E_a[e | xt]).
 #
 # The corruption is what turns x1 into xt, here the masking. The derivations use only that q(xt |
 # x1) is the same at every tilt: xt may depend on the reward only through x1. So the loss, with any
@@ -277,8 +279,8 @@ def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) 
 
     r is the reward, (...), which broadcasts to x1; the other arguments are those of `c_dtm_loss`.
     This c depends on the tokens behind the masks, so it is no control variate: it moves the
-    minimiser to pi_a + h Cov_a(r, e | xt), with the covariance under E_a, where that is not
-    negative. This is an Euler step of the tilt, with an error O(h^2).
+    minimiser to pi_a + h Cov_a(r, e | xt), with the covariance under E_a, provided that no entry
+    of this sum is negative. This is an Euler step of the tilt, with an error O(h^2).
     """
     hr = h * upcast(r)
     return c_dtm_loss(logits, logits_a, x1, 1.0, 1 - hr)
@@ -291,8 +293,8 @@ def self_consistent_loss(
 
         T = pi_a + (w / c - 1)(e - sg pi_theta),    where sg stops the gradient              (D5)
 
-    At its fixed point E_a[w (e - pi_theta) | xt] = 0, which (D2) solves. c is positive; the other
-    arguments are those of `c_dtm_loss`. The gradient with respect to the logits is, sample by
+    At its fixed point E_a[w (e - pi_theta) | xt] = 0, so that pi_theta is (D2). c is positive; the
+    other arguments are those of `c_dtm_loss`. The gradient with respect to the logits is, sample by
     sample, 1/c times that of `c_dtm_loss`.
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
@@ -308,8 +310,8 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 
     Raise ValueError if a row has no such position.
 
-    Why the rows come first: this mean of -log pi_theta(x1_i), under the masks of `mask_random`, has
-    an expectation of 1/L times a bound on the likelihood (k is the number of masks in a row):
+    Why the rows come first: with masks from `mask_random` and the loss -log pi_theta(x1_i), L times
+    the expectation of this mean bounds the likelihood (k is the number of masks in a row):
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
     """
     if loss.shape == mask.shape:
@@ -330,7 +332,7 @@ def control_variate_targets(
 ) -> tuple[Tensor, Tensor]:
     """Return the target y and the weight q, each (...), of a regression that learns the best c.
 
-        q = |e - pi_a|^2,    y = w (e - pi_theta).(e - pi_a) / q
+        q = |e - pi_a|^2,    y = w <e - pi_theta, e - pi_a> / q
         c*(xt, i) = E_a[q y | xt, i] / E_a[q | xt, i]                                        (D7)
 
     The arguments are those of `c_dtm_loss`.
@@ -338,9 +340,9 @@ def control_variate_targets(
     Why: the gradient of (D3) with respect to the logits is g = w (pi_theta - e) + c (e - pi_a). Its
     mean does not depend on c, so its variance is smallest where E|g|^2 is, and
         E|g|^2 = E[q (c - y)^2] + a term that does not depend on c.
-    To learn c*(xt, i), first compute the loss of a batch with the present c, and only then move c
-    to a smaller mean of q (c - y)^2 on that batch. A bad fit only adds variance. With the teacher's
-    logits in place of the student's, y = w.
+    To learn c*(xt, i), first compute the loss of a batch with the present c, and only then update c
+    to reduce the mean of q (c - y)^2 on that batch. With a consistent teacher a bad fit only adds
+    variance. With the teacher's logits in place of the student's, y = w.
     """
     (w,) = as_constants(logits, logits_a, x1, w=w)
     token = x1[..., None].long()
@@ -373,7 +375,7 @@ def best_scalar_c(
 
 # ---- 5. Annealing -------------------------------------------------------------------------------
 # With a large h only a few samples have a weight that matters, so the tilt is reached in phases.
-# Their increments h are equal, or the rewards of the samples choose them.
+# Their increments h are equal, or are chosen from the rewards of the samples.
 def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> float:
     """Return the largest h <= h_max whose weights keep an effective sample size of at least ess.
 
@@ -446,7 +448,7 @@ def mask_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Return xt and mask, each (B, L), for sampling by blocks from left to right.
 
-    The k tokens that are still to be drawn are uniform on 1, ..., L in each row. The last
+    The number k of tokens that are still to be drawn is uniform on 1, ..., L in each row. The last
     (k - 1) // block blocks are masked. The block before them is the active one: (k - 1) % block + 1
     of its positions, chosen at random, are masked, and only these are True in `mask`. Example: for
     C B D A in blocks of 2, k = 3 gives C _ _ _ or _ B _ _, with True at the first mask.
@@ -479,7 +481,7 @@ def ranks(score: Tensor) -> Tensor:
 # ---- 7. Sampling: from xt to x1 -----------------------------------------------------------------
 # Sampling fills the masks of xt, a few at a time. The order says which ones are next:
 #   random          Positions are chosen at random. With one token per step and temperature 1 this
-#                   is an exact draw from rho_theta, which the loss assumes of x1.
+#                   draws exactly from rho_theta. The loss assumes that x1 was drawn so.
 #   top_prob        The position whose most probable token has the highest probability is next, and
 #                   a token is drawn there. The choice depends on xt alone, so by the chain rule of
 #                   probability this, too, draws from rho_theta if the model is consistent.
@@ -548,8 +550,8 @@ def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tup
     """Return the largest noisy logits, (M,), and the tokens that have them, (M,).
 
     The argmax of logits plus Gumbel noise is a draw from softmax(logits / temperature). The noise
-    is never in bfloat16, whose numbers are too coarse near 1: the noise could not exceed 5.5. Over
-    V = 126,464 tokens its usual maximum is 11.7, so that rare tokens would never be drawn.
+    is never in bfloat16: its largest number below 1 is 1 - 2^-8, so -log(-log u) is at most 5.54.
+    Over V = 126,464 tokens its usual maximum is 11.7, so that rare tokens would never be drawn.
     """
     if temperature > 0:
         logits = upcast(logits) / temperature
@@ -599,7 +601,8 @@ def exact_marginal(
 
         reach(all masked) = 1;    reach(xt with x_i = v) += reach(xt) pi_theta(v | xt, i) / k  (D11)
 
-    where k is the number of masks of xt: dynamic programming over the states, from k = L down to 0.
+    where reach(xt) is the probability that the sampler visits the state xt, and k is the number of
+    masks of xt. This is dynamic programming over the states, from k = L down to 0.
 
     choose  another decoding order: it takes the posteriors at the k masks, (n, k, V), and returns
             the probability that a mask is next and becomes v, (n, k, V); None: the random order

@@ -3,8 +3,8 @@
     python -m figures.control_variate --seeds 5     15 minutes on one core
 
 The left panel shows the six arms of `maze_lab.py --ablate cv`: the final KL against the gradient
-variance. The right panel shows the gradient variance against the step h for an exact teacher, the
-posteriors of rho_a, without any training.
+variance. The right panel shows the gradient variance against the increment h for an exact teacher,
+the posteriors of rho_a, without any training.
 
 THE METRIC `grad_var` is the variance of the logit gradient of (D3) in dtm.py, given the masked
 state xt, at theta = teacher. It is computed by enumeration, divided by (E w)^2, and averaged over
@@ -27,7 +27,7 @@ from figures import command
 from figures.command import COLOURS, mean
 from maze_lab import MASK, V
 
-INCREMENTS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # the steps h of the right panel
+INCREMENTS = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0)  # the increments h of the right panel
 SHARES = (0.0, 0.4, 0.8)  # the exact teachers stand at these shares of the way to A
 LABELS = {  # the labels in the right panel: which point of the line, shift in points, alignment
     "c = 0": (0, (8, 5), "left"),
@@ -136,7 +136,7 @@ def exact_teacher(rho: Tensor, L: int) -> dtm.Table:
 
 
 def exact_teachers(evaluation: lab.ExactEvaluation, a_end: float) -> list[dict]:
-    """Return grad_var of each arm for exact teachers at three tilts a and several steps h."""
+    """Return grad_var of each arm for exact teachers at three tilts a and several h."""
     points = []
     for a in [share * a_end for share in SHARES]:
         rho = dtm.exact_tilt(evaluation.rho_0, evaluation.r, a)
@@ -148,7 +148,7 @@ def exact_teachers(evaluation: lab.ExactEvaluation, a_end: float) -> list[dict]:
 
 
 def variances_at(teacher: dtm.Table, rho: Tensor, r: Tensor, h: float) -> dict[str, float]:
-    """Return grad_var of each arm at one step h.
+    """Return grad_var of each arm at one increment h.
 
     For a number c the variance is a parabola in c, so three points determine all of it.
     """
@@ -197,7 +197,7 @@ def draw(result: dict, path: Path) -> None:
     runs.yaxis.set_major_formatter("{x:g}")
     runs.yaxis.set_minor_formatter("{x:.1g}")
     runs.set_title(f"Small points are the {len(result['seeds'])} seeds of each arm", fontsize=10)
-    exact.set(xscale="log", yscale="log", xlabel="step h", ylabel="gradient variance")
+    exact.set(xscale="log", yscale="log", xlabel="increment h", ylabel="gradient variance")
     exact.set_title(f"An exact teacher at a = {last:g} (one seed) shows why", fontsize=10)
     command.save_figure(figure, title_of(result), path)
 

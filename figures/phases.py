@@ -5,7 +5,7 @@
 This script runs the arms of `maze_lab.py --ablate anneal`. In every phase it also computes both
 sides of the bound (D12) of dtm.py, from the exact distribution rho of that phase's own teacher:
 
-    phase_kl     KL(rho_h || rho_theta), in nats, where rho_h is rho tilted by the step h
+    phase_kl     KL(rho_h || rho_theta), in nats, where rho_h is rho tilted by the increment h
     phase_bound  the regret over Z, which (D12) proves to be at least as large
 """
 

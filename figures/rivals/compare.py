@@ -343,7 +343,8 @@ def row_once(folder: Path, cfg: lab.Config, method: Method, base: dict, device: 
     """
     file = folder / f"{method.name.replace('/', ' per ')}, seed {base['seed']}.json"
     if not file.exists():
-        file.write_text(json.dumps(run_method(cfg, method, base, device)))
+        text = json.dumps(run_method(cfg, method, base, device))
+        lab.write_then_rename(file, lambda temporary: temporary.write_text(text))
     return json.loads(file.read_text())
 
 
@@ -491,11 +492,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = command.make_parser(figures.rivals.__doc__)
     text = "Score half and twice each learning rate, and of the rivals half and twice the rounds."
     parser.add_argument("--tune", action="store_true", help=text)
-    text = "Run only the methods whose name contains this text (default: all)."
+    text = "Run only the method of this name, or those whose name contains it (default: all)."
     parser.add_argument("--only", default="", metavar="TEXT", help=text)
     cfg, args = command.read_flags(parser, argv, "rivals")
     args.name += ("_tuning" if args.tune else "") + ("_only" if args.only else "")
-    methods = [method for method in METHODS if args.only in method.name]
+    exact = [method for method in METHODS if args.only == method.name]
+    methods = exact or [method for method in METHODS if args.only in method.name]
     if not methods:
         names = "; ".join(method.name for method in METHODS)
         parser.error(f"--only {args.only} is part of no method's name. The names are: {names}.")
