@@ -160,6 +160,8 @@ REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
 MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
+ORIGIN = {REWARD_ONLY.name: "not DTM", C_0.name: "paper", C_1.name: "paper"}
+ORIGIN |= {arm.name: "ours" for arm in (ONE_JUMP, BEST_SCALAR, LEARNED)}  # shown in the figure
 ABLATIONS = {
     "anneal": [*[Arm(f"K = {K}", phases=K) for K in (1, 2, 4, 8, 16, 32)], ADAPTIVE_H],
     "cv": [C_0, paper_arm("c = 0.5", c=0.5), C_1, SELF_NORMALIZED, BEST_SCALAR, LEARNED],
@@ -791,7 +793,8 @@ def draw(result: dict, file: Path) -> None:
         if name in arms:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
     axis.set_title(title_of(result), fontsize=11)
-    axis.set_xticks(range(len(groups)), groups, rotation=0 if len(groups) < 9 else 20)
+    labels = [f"{name}\n({ORIGIN[name]})" if name in ORIGIN else name for name in groups]
+    axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 9 else 20)
     axis.set_ylim(0, 1.1)
     axis.set_ylabel("probability of the shortest paths\n(one bar per seed, one shade per path)")
     write_then_rename(file, lambda temporary: figure.savefig(temporary, dpi=200))

@@ -412,7 +412,7 @@ def title_of(result: dict) -> str:
     first, second = sorted(ends, key=ends.get)[:2]
     return (
         f'"{first}" ({ends[first]:.3f} nats) and "{second}" ({ends[second]:.3f} nats)\n'
-        "end closest to the target among the methods without exact likelihoods"
+        "end closest in KL(model || target) among the methods without exact likelihoods"
     )
 
 

@@ -296,7 +296,7 @@ def test_rivals_claims_what_its_numbers_say():
     result = shipped("rivals")
     assert compare.title_of(result) == (
         '"c-DTM, closed loop" (0.088 nats) and "DMPO, u" (0.092 nats)\n'
-        "end closest to the target among the methods without exact likelihoods"
+        "end closest in KL(model || target) among the methods without exact likelihoods"
     )
     ends = {name: mean(rows, "kl_reverse") for name, rows in lab.by_arm(result).items()}
     nearest = sorted(ends, key=ends.get)[:4]
