@@ -317,7 +317,7 @@ def trajectory_balance(b: Batch, now: Tensor, base: Tensor) -> Tensor:
     All residuals are equal only at the tilt. With prompts z(q) is a small network that is learned;
     here it would be one number.
     """
-    residual = (now - base - b.a * b.leave_one_out) / b.x.shape[1]
+    residual = (now - base - b.a * b.leave_one_out.to(now.device)) / b.x.shape[1]
     return (residual - residual.mean().detach()).square().mean()
 
 
@@ -339,7 +339,7 @@ def trafl_exact(b: Batch) -> Tensor:
     x = x.to(b.x.device)
     now = sequence_law(b.net, x, MASK).log()[which]
     base = sequence_law(b.base, x, MASK).log()[which]
-    return trajectory_balance(b, now.to(b.x.device), base.to(b.x.device))
+    return trajectory_balance(b, now, base)  # float64, on the CPU
 
 
 def elbo_reinforce(b: Batch) -> Tensor:
