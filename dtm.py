@@ -393,9 +393,9 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
     ok = 0 < ess <= 1 and 0 <= h_max < math.inf and r.numel() and r.isfinite().all()
     got = f"got ess {ess:g} and h_max {h_max:g}"
     check(ok, f"next_h: needs 0 < ess <= 1, 0 <= h_max < inf and finite rewards, but {got}")
-    r = r.detach().double().flatten().cpu()
+    r = r.detach().cpu().double().flatten()  # on the CPU, since MPS has no float64
     r = r - r.max()  # the ESS does not change, and no exponential overflows
-    log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().double().cpu().log()
+    log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().cpu().double().log()
     low = 0.0
     high = trial = float(h_max)
     while low < trial:  # until no floating-point number lies between low and high

@@ -20,6 +20,7 @@ sides of a comparison run in turn, once per round after a first round that warms
 """
 
 import argparse
+import os
 import platform
 import statistics
 import sys
@@ -146,6 +147,7 @@ def compare(name: str, pair: Pair, rounds: int) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the ratios are of processor time
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.add_argument("--rounds", type=int, default=31, help="timed rounds (default: 31)")
