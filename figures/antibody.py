@@ -1,7 +1,7 @@
 """`dtm.tilt_matching` on a model that others trained: AntiBERTy writes part of an antibody's loop.
 
     pip install transformers && pip install --no-deps antiberty==0.1.3
-    python -m figures.antibody     8 minutes on two idle cores
+    python -m figures.antibody     15 minutes on two idle cores
 
 The task: 4 residues in the loop CDR-H3 of trastuzumab, a drug against breast cancer, are masked:
 C SRWG[GDGF]YAMDY W. The model fills them in, and the reward asks for a loop that dissolves and
@@ -48,9 +48,9 @@ HYDROPATHY |= {"Q": -3.5, "D": -3.5, "N": -3.5, "K": -3.9, "R": -4.5}
 LIABILITY = re.compile("(?=N[^P][ST]|N[GS]|D[GS]|C)")
 INSTALL = "pip install transformers && pip install --no-deps antiberty==0.1.3"
 ARMS = {"c = 0": 0.0, "c = 1": 1.0}
-SETTINGS = {"a_end": 9.0, "h": 3.0, "rollouts": 768, "steps": 80, "batch": 32, "lr": 3e-3}
+SETTINGS = {"a_end": 9.0, "h": 3.0, "rollouts": 768, "steps": 200, "batch": 32, "lr": 3e-3}
 DRAWS = 1024  # loops from each trained model
-BASE_PARTS, BASE_DRAWS = 8, 512  # loops from the base model, drawn in so many parts
+BASE_PARTS, BASE_DRAWS = 16, 512  # loops from the base model, drawn in so many parts
 
 
 def reward(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the scripts in this folder share: flags, the end of a run, empty figures and colours.
+"""The scripts in this folder share these flags, the end of a run, empty figures and colours.
 
 A script calls `read_flags`, then `maze_lab.experiment`, then `save`. With `--out DIR` it writes
 DIR/NAME.png and DIR/data/NAME.json; `--out figures` is how the shipped results were made.

@@ -1,4 +1,4 @@
-"""What a run on LLaDA-8B costs: memory, arithmetic and hours, counted from its settings.
+"""Count what a run on LLaDA-8B costs from its settings: memory, arithmetic and hours.
 
     python -m figures.llada_cost --task sudoku --gpus 8        counts; needs no weights and no GPU
     python -m figures.llada_cost --bench --out runs/bench      measures, on one rented GPU

@@ -253,7 +253,7 @@ def series(run: dict, key: str, kind: str) -> list[float]:
 
 
 def median_of(runs: list[dict], key: str, kind: str) -> Tensor:
-    """Return the median over runs of a metric, as far as the shortest run goes."""
+    """Return the median over runs of a metric, up to the end of the shortest run."""
     return torch.tensor([*zip(*[series(run, key, kind) for run in runs], strict=False)]).median(1)[
         0
     ]

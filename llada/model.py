@@ -28,7 +28,7 @@ from llada.checkpoint import explained, read_json, read_tensors, write_file
 
 Device = torch.device | str
 
-# The published config.json of LLaDA-8B, as far as the forward pass depends on it.
+# The entries of the published config.json of LLaDA-8B that the code uses.
 CONFIG_8B = {
     "model_type": "llada",
     "d_model": 4096,

@@ -1,4 +1,4 @@
-"""How much time the design saves: ratios of processor time, measured in one process.
+"""Measure how much time the design saves, as ratios of processor time in one process.
 
     python -m tests.benchmark          3 minutes on one core; writes figures/data/benchmark.json
 

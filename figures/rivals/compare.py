@@ -49,7 +49,7 @@ class Method:
     rounds: int = 128  # chosen by --tune; each round draws its share of the rollouts
     rise: float = 0.5
     restart: bool = False  # whether the learning rate falls to 0 in each round, as c-DTM's does
-    target: bool = True  # whether the method is told the tilt at which to end
+    target: bool = True  # whether the method aims at the tilt A
     exact: bool = False  # whether it uses exact likelihoods, which a large model does not have
     prepare: Callable[[Batch], Tensor] | None = None  # computes Batch.weight for a round
     extra: type | None = None  # the network that Batch.extra calls, with an attribute `lr`

@@ -8,7 +8,7 @@ a round form one group.
 
 ANCHORS. Each docstring names the distribution at which the method ends if it converges, where 1/a
 weights the KL to the base:
-    tilt          rho_a ~ rho_0 e^{a r}, as far as the replacement is the log-likelihood
+    tilt          rho_a ~ rho_0 e^{a r}, if the replacement is the log-likelihood
     of states     pi(v|xt) ~ pi_0(v|xt) e^{a E[r | xt, v]} at the states that the method sees. In a
                   state it ignores the KL that later states will cost.
     rational      p ~ p_0 / (const - a r) at the states that the method sees. This is the optimum of
@@ -116,7 +116,7 @@ def with_complement(x: Tensor, count: Tensor, noise: Generator) -> list[Tensor]:
 # ---- 2. A batch ---------------------------------------------------------------------------------
 @dataclass
 class Batch:
-    """What an objective gets: B of a round's n paths, and the networks."""
+    """An objective gets B of a round's n paths, and the networks."""
 
     net: Callable  # the student
     old: Callable  # the student at the start of the round, which drew x

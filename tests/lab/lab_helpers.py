@@ -1,4 +1,4 @@
-"""What the tests of the lab share: a chi-square test, a 3 x 3 maze, tables, a short training."""
+"""The tests of the lab share a chi-square test, a 3 x 3 maze, tables, a short training."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What the tests of the model share: a tiny checkpoint and adapters made from seeds, comparisons,
+"""The tests of the model share a tiny checkpoint and adapters made from seeds, comparisons,
 and second derivations of the forward pass and of the sampler."""
 
 import json

@@ -1,4 +1,4 @@
-"""What the tests of LLaDA's loop share: a tiny base model, a small task, and runs that are stopped.
+"""The tests of the loop share a tiny base model, a small task, and runs that are stopped.
 
 As a script under torchrun this file is llada_finetune.py with the small task. The environment
 variable RANK_1 holds the moment at which rank 1 receives a signal; see `signal_before`.
