@@ -12,14 +12,15 @@ LLaDA runs on a laptop: python -m figures.toy_llada. What a run costs: python -m
 CONTENTS   1 settings   2 the loop   3 the rollout buffer   4 the control variate
            5 a run: its parts, saving, resuming   6 evaluation   7 the command line
 
-The loop uses the package `llada/`: model, adapters, decoding, tasks, comparing answers, checkpoints
+The loop uses the package `llada/`: model, adapters, decoding, tasks, answer checking, checkpoints
 and processes. A task is one class; see `llada/tasks.py`.
 
 GLOSSARY. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
 x1, xt              finished completions, and the same partly masked
 rollout             a completion that the teacher has drawn, with its reward
-block               completions are decoded from left to right in blocks of so many tokens
-active block        the block that is being decoded: earlier ones are complete, later ones masked
+block               --block consecutive tokens; a completion is decoded in blocks, left to right
+active block        the block that is being decoded, or that `mask_blockwise` picks for training:
+                    earlier ones are complete, later ones masked
 trained positions   the masked positions of the active block, up to the end of the completion
 a, h, r, w, c       the tilt, its increment, rewards, weights e^{h r}, the coefficient of the
                     control variate
@@ -107,7 +108,7 @@ class Config:
     )
     c: str = option("1", "control variate: a number, best (one scalar) or learned (c(xt, i))")
     normalize: str = option(
-        "none", "divide weights by their mean over all ranks, over a prompt, or not"
+        "none", "divide weights by their mean: not, over all ranks (batch), per prompt (group)"
     )
     steps_per_h: int = option(256, "optimizer steps per phase")
     # the rollout buffer of a rank
@@ -119,7 +120,9 @@ class Config:
     chunk: int = option(16, "completions that a rank decodes at once; fewer need less memory")
     gen_length: int = option(256, "tokens per completion")
     block: int = option(32, "tokens per block, in decoding and in masking")
-    steps: int = option(128, "network evaluations per gen_length tokens; if equal, one token each")
+    steps: int = option(
+        128, "network evaluations per completion; gen_length: one token per evaluation"
+    )
     temperature: float = option(
         0.0, "sampling temperature of rollouts; 0 takes the most probable token"
     )
@@ -136,7 +139,7 @@ class Config:
     weight_decay: float = option(0.1, "weight decay of AdamW, whose betas are 0.9 and 0.99")
     clip: float = option(1.0, "largest norm of the adapter's gradient")
     ema: float = option(
-        0.0, "decay per step of an average of the student, the next teacher; 0: none"
+        0.0, "decay of an average of the student, which is the next teacher; 0: no average"
     )
     # the adapter
     lora: str = option("all", "adapted projections, see ADAPTED in llada/lora.py")
@@ -209,9 +212,9 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     """Run the algorithm of `dtm.py` from the present state of `run` until the tilt is a_end.
 
     Teacher and student are two adapters on one frozen base model. The numbers in the comments are
-    the steps of the algorithm. `trained_positions` computes c from what the control variate has
-    learned before. `watch(run)` is called on every rank at a = 0 and after each phase, before its
-    checkpoint.
+    the steps of the algorithm. `trained_positions` computes c with `run.control`, which was fitted
+    to earlier steps of the phase. `watch(run)` is called on every rank at a = 0 and after each
+    phase, before its checkpoint.
     """
     cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
     with ranks.signals_caught():
@@ -230,7 +233,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                 sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
                 for micro_batch in buffer.micro_batches(state.h):  # 3. masked completions
                     at = trained_positions(run, micro_batch)
-                    losses = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # (M,)  4.
+                    losses = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # 4. (M,)
                     loss = (at.share * losses).sum()  # a mean per completion, then a sum
                     (loss / (cfg.batch * cfg.accum)).backward()
                     run.control.observe(at)
@@ -471,7 +474,7 @@ class Buffer:
             ends = torch.tensor(self.tokenizer.ends, device=device)
             mask = mask & before_the_end(x1, cfg.block, ends)
         trained = mask.any(1)
-        trained[0] |= ~trained.any()  # every rank has a gradient to exchange
+        trained[0] |= ~trained.any()  # else no gradient: this one is zero, and all ranks have one
         batches = []
         for rows in trained.nonzero()[:, 0].split(cfg.batch):
             prompts = [self.prompt(row[drawn[i]]) for i in rows.tolist()]
@@ -519,9 +522,9 @@ class ControlVariate:
     "best" is the scalar c of (D8); "learned" is a ridge regression of c(xt, i), (D7), on 64 fixed
     random projections of the teacher's last hidden state and a constant. (The maze lab learns c
     with a small network instead.) Both are least-squares fits of `dtm.control_variate_targets` over
-    past steps, older ones counting less. A step's c comes from earlier steps. It would be unbiased
-    if every step drew new rollouts; here rollouts are used again, and the few features keep the
-    bias small. More features would overfit the weights of one buffer.
+    past steps, older ones counting less. A step's c comes from earlier steps. The gradient would
+    be unbiased if every step drew new rollouts; here rollouts are used again, and the few features
+    keep the bias small. More features would overfit the weights of one buffer.
     """
 
     FEATURES = 64

@@ -1,8 +1,8 @@
 """Files of a run, and its checkpoints.
 
-Every file is written under a temporary name and renamed when it is complete, so that a name always
-stands for a complete file, even if the process is killed. A checkpoint is a folder that is renamed
-in the same way:
+Every file but metrics.jsonl is written under a temporary name and renamed when it is complete, so
+that a name always stands for a complete file, even if the process is killed. (A resume truncates
+metrics.jsonl.) A checkpoint is a folder that is renamed in the same way:
 
     RUN/step-0000123/state.json             where the run stands (`State`)
                      shared.safetensors     what all ranks have in common: teacher, optimizer, ...
@@ -130,8 +130,8 @@ def save_checkpoint(
         found = len([*temporary.glob("rank*.safetensors")])
         advice = "all nodes must see one shared --out folder"
         check(found == ranks.size, f"{temporary} holds {found} of {ranks.size} ranks; {advice}")
-        # Deleting is slow. A folder is renamed before, so that a process that is killed meanwhile
-        # leaves no part of a folder under the name of a checkpoint.
+        # Deleting is slow, so a folder is renamed first: a process that is killed halfway leaves no
+        # part of a folder under the name of a checkpoint.
         outdated = [renamed(folder)] if folder.exists() else []  # a run may stop twice at one step
         temporary.replace(folder)
         outdated += [renamed(old) for old in checkpoints(run)[:-KEPT]]

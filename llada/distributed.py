@@ -87,8 +87,8 @@ class Ranks:
         """Replace every gradient by its mean over the ranks.
 
         The tensors are added one by one, which rounds them in the same way in each step. (PyTorch's
-        DistributedDataParallel packs them in an order that it learns in its first step. In a
-        resumed run that step is a later one, and three or more ranks then round differently.)
+        DistributedDataParallel fixes an order during the first step of a process. After a resume
+        that is a different step, so with three or more ranks the sums may round differently.)
         """
         if self.size > 1:
             for p in parameters:
@@ -139,9 +139,11 @@ def run_as_script(main: Callable[[], None]) -> None:
         if dist.is_initialized():  # only now: after an error this would wait for busy ranks
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        advice = "add --recompute, or take a smaller --batch with a larger --accum; in rollouts"
-        advice += " and evaluations, take a smaller --chunk"
-        sys.exit(f"{name}: the GPU's memory does not suffice: {advice} ({str(error)[:90]})")
+        advice = (
+            "repeat the command with --recompute, and in rollouts and evaluations with a smaller"
+        )
+        advice += " --chunk; or take a smaller --batch with a larger --accum and another --out"
+        sys.exit(f"{name}: out of GPU memory: {advice} ({str(error)[:90]})")
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except KeyboardInterrupt:

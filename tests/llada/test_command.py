@@ -117,7 +117,9 @@ def test_a_fault_in_training_is_one_line(base, tmp_path, monkeypatch):
         assert "h = 0 at a = 0 does not lead to --a_end 5; lower --ess" in complaint(*words)
     full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"))
     monkeypatch.setattr(dtm, "sample", full)
-    assert "add --recompute, or take a smaller --batch with a larger" in complaint(*words)
+    message = complaint(*words)
+    assert "repeat the command with --recompute" in message
+    assert "take a smaller --batch with a larger --accum and another --out" in message
 
 
 FOREIGN = ["eval --lr 1", "eval --c 1", "merge OUT --adapter A --task sudoku", "train --adapter A"]
