@@ -238,6 +238,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                     (loss / (cfg.batch * cfg.accum)).backward()
                     run.control.observe(at)
                     sums += logged_sums(at, loss)
+                sums = ranks.gather(sums[None]).sum(0)  # of all ranks
                 ranks.average_gradients(run.student.parameters())
                 grad_norm = clip_grad_norm_(run.student.parameters(), cfg.clip)
                 check_finite(run, sums, grad_norm)
@@ -328,11 +329,12 @@ def logged_sums(at: Positions, loss: Tensor) -> Tensor:
 
 
 def check_finite(run: "Run", sums: Tensor, grad_norm: Tensor) -> None:
-    """Raise ValueError, before the student moves, if a sum or the gradient is not finite."""
+    """Raise ValueError on every rank, before the student moves, if a sum over all ranks or the
+    gradient is not finite."""
     finite = bool(sums.isfinite().all() & grad_norm.isfinite())
-    where = f"step {run.state.total + 1} on rank {run.ranks.rank}"
+    step = run.state.total + 1
     advice = "start another run with a lower --lr or --h, or with --normalize batch"
-    check(finite, f"loss or gradient of {where} is not finite; if this happens again, {advice}")
+    check(finite, f"loss or gradient of step {step} is not finite; if this happens again, {advice}")
 
 
 def update_average(run: "Run") -> None:
@@ -809,7 +811,7 @@ def progress_bar(run: Run) -> tqdm:
 def log_step(run: Run, sums: Tensor, **more) -> None:
     """Write the record of an optimizer step. figures/README.md explains the keys."""
     state, buffer = run.state, run.buffer
-    loss, kl, c, positions = run.ranks.gather(sums[None]).sum(0).tolist()
+    loss, kl, c, positions = sums.tolist()
     completions = run.cfg.batch * run.cfg.accum * run.ranks.size
     r, solved = buffer.from_all_ranks("r"), buffer.from_all_ranks("solved")
     run.log.lap("train")

@@ -248,7 +248,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(base, tmp_path, mo
 
     monkeypatch.setattr(finetune, "trained_positions", poisoned)
     message = complaint(*command(base, tmp_path))
-    assert "loss or gradient of step 6 on rank 0 is not finite" in message
+    assert "loss or gradient of step 6 is not finite" in message
     run = finetune.open_run({"out": str(tmp_path)}, Ranks())
     assert run.state.total == 3
     assert all(p.isfinite().all() for p in run.student.parameters())
