@@ -1,7 +1,7 @@
 """`dtm.tilt_matching` on a model that others trained: AntiBERTy writes part of an antibody's loop.
 
     pip install transformers && pip install --no-deps antiberty==0.1.3
-    python -m figures.antibody     15 minutes on two idle cores
+    python -m figures.antibody     17 minutes on two cores
 
 The task: 4 residues in the loop CDR-H3 of trastuzumab, a drug against breast cancer, are masked:
 C SRWG[GDGF]YAMDY W. The model fills them in, and the reward asks for a loop that dissolves and
@@ -224,7 +224,8 @@ def draw(result: dict, path: Path) -> None:
             style = {"fmt": "o" if name == "c = 1" else "s", "ms": 5, "capsize": 3}
             style |= {"color": command.COLOURS[name], "label": label}
             axis.errorbar(points[0]["a"], mean, error, **style)
-    axis.legend(frameon=False, loc="lower right")
+    title = "bars and band: one standard error"
+    axis.legend(title=title, frameon=False, loc="lower right")
     axis.set(xlabel="tilt a", ylabel="mean reward of sampled loops")
     command.save_figure(figure, title_of(result), path)
 

@@ -231,7 +231,7 @@ def test_the_title_of_the_shipped_picture_states_what_the_json_holds():
         assert arm["reward"] == pytest.approx(finals.mean().item())
         assert arm["error"] == pytest.approx(finals.std().item() / math.sqrt(len(finals)))
     gaps = {name: abs(arm["reward"] - target["reward"]) for name, arm in result["arms"].items()}
-    assert target["error"] < 0.005 and len(result["seeds"]) == 5
+    assert gaps["c = 1"] < 0.01 and target["error"] < 0.005 and len(result["seeds"]) == 5
     title = antibody.title_of(result)
     for name in ("c = 1", "c = 0"):
         assert f"{gaps[name]:.3f}" in title
