@@ -126,7 +126,7 @@ def test_a_meter_counts_three_for_a_pass_forward_and_back():
 
 
 def test_a_learned_c_pays_for_its_net():
-    """By the sizes of the matrices: one pass of the net for c against L of the student."""
+    """The sizes of the matrices give the ratio of one pass of c's net to L of the student."""
     hidden, d = 64, CFG.width
     small = SMALL.L * (lab.V + 1) * hidden + hidden**2 + hidden * SMALL.L
     attention, forward = 4 * d**2, 8 * d**2

@@ -1,4 +1,4 @@
-"""`tilt_matching` reaches the exact tilt, and trains what it is told to train."""
+"""`tilt_matching` reaches the exact tilt, and trains only the parameters that require gradients."""
 
 import copy
 

@@ -1,7 +1,7 @@
 """Masking and sampling draw from the distributions that they claim, by chi-square tests.
 
 Each test has a fixed generator and rejects a correct implementation with probability 1e-4 over the
-choice of the seed. Where a wrong implementation is named, the test rejects it.
+choice of the seed. Tests that name a wrong implementation also show that they reject it.
 """
 
 import math
