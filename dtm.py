@@ -18,9 +18,10 @@ L! orders.
 GLOSSARY
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
 x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
-xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number that stands for a mask
-mask    (B, L)  True at the masked positions that enter the loss (all masked positions, if
-                `mask_random` made xt): k of them in one sequence, M in the batch
+xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number of the mask: V, or
+                a token below V that finished sequences never contain
+mask    (B, L)  True at the masked positions that enter the loss, k in one sequence and M in the
+                batch; after random masking these are all masked positions
 r       (B,)    the reward r(x1) of each sequence
 rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
 h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
@@ -78,8 +79,8 @@ def upcast(x: Tensor) -> Tensor:
 
 
 # ---- 1. The algorithm ---------------------------------------------------------------------------
-# The six steps in one function, for any model that follows the protocol above. `maze_lab.tilt` and
-# `llada_finetune.train` are the same loop with measurements, and with many processes.
+# The six steps in one function, for any model that follows the protocol above. `maze_lab.tilt`
+# is the same loop with measurements, and `llada_finetune.train` the same loop on many GPUs.
 def tilt_matching(
     model: nn.Module,
     reward: Callable[[Tensor], Tensor],
@@ -120,7 +121,8 @@ def tilt_matching(
     blank = torch.full((rollouts, length), mask_id, device=device)
     for a, increment in phases(a_end, h):  # steps 1, 5 and 6
         teacher = copy.deepcopy(model).eval().requires_grad_(False)  # step 2
-        *_, x1 = sample(teacher, blank, mask_id, generator=generator)  # (rollouts, L)
+        # `sample` yields every state on the way; the last one is finished, (rollouts, L).
+        *_, x1 = sample(teacher, blank, mask_id, generator=generator)
         rewards = torch.as_tensor(reward(x1), device=device)
         got = f"tilt_matching: the reward returned the shape {[*rewards.shape]}"
         check(rewards.shape == (rollouts,), f"{got}; return one number per row of x1")
@@ -166,8 +168,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 
     Why normalize: the best c is about E_a[w], so that c = 1 is close to the best for normalized
     weights and a moderate h. A constant factor of the weights does not move the minimiser of the
-    loss. But mean(w) is an estimate of Z and thus random, which moves the minimiser by O(1/n), n
-    weights.
+    loss. But mean(w) depends on the n samples that the loss is computed from, so in expectation
+    over these samples the minimiser is off by O(1/n).
     """
     log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -190,9 +192,9 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 #     pi_{a+h}(v | xt, i) = E_a[w 1{x1_i = v} | xt] / E_a[w | xt]                            (D2)
 #     loss = - sum_v T(v) log pi_theta(v),    T = c pi_a + (w - c) e                         (D3)
 #
-# (D2) is Bayes' rule. Let q(xt | x1) be the probability that the masking turns x1 into xt. Then
-#     rho_{a+h}(x1 | xt) = q(xt | x1) rho_{a+h}(x1) / (the sum of the numerator over all x1)
-#                        = q(xt | x1) rho_a(x1) w(x1) / (the sum of the numerator)      by (D1)
+# (D2) is Bayes' rule. Let P(xt | x1) be the probability that the masking turns x1 into xt. Then
+#     rho_{a+h}(x1 | xt) = P(xt | x1) rho_{a+h}(x1) / (the sum of the numerator over all x1)
+#                        = P(xt | x1) rho_a(x1) w(x1) / (the sum of the numerator)      by (D1)
 #                        = rho_a(x1 | xt) w(x1) / E_a[w | xt],
 # and the sum of the last line over all x1 with x1_i = v is (D2).
 #
@@ -212,14 +214,16 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # second is known or not. For the second it tosses a coin if the first is unknown; otherwise it
 # copies the first. In random order, where the second token comes first half of the time, it writes
 # 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second token
-# copies a known first one with probability 3/4, not 1. With c = 0 the logits of the teacher do not
-# enter, and the minimiser is still the tilt of the distribution that drew x1. With another c the
-# mean target is wrong by c (pi_a - E_a[e | xt]).
+# equals the first with probability 3/4; the teacher's posterior says 1, so it is not consistent.
+# With c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt of the
+# distribution that drew x1. With another c the mean target is wrong by c (pi_a - E_a[e | xt]).
 #
-# The corruption is what turns x1 into xt, here the masking. The derivations use only that q(xt |
-# x1) is the same at every tilt: xt may depend on the reward only through x1. So the loss, with any
-# c, is also right for block diffusion and for uniform-state diffusion, which replaces tokens by
-# random ones, if the teacher computes the posterior of x1_i given xt under their corruption.
+# The corruption is what turns x1 into xt, here the masking. The derivations use only that P(xt |
+# x1) is the same at every tilt: given x1, the corruption must not depend on a. It may depend on x1
+# in any way, and so on the reward of x1. So the loss, with any c, is also right for block
+# diffusion, which masks a part of one block of positions and all later blocks, and for
+# uniform-state diffusion, which replaces tokens by random ones, if the teacher computes the
+# posterior of x1_i given xt under that corruption.
 #
 # T can be negative. Let c >= 0. If w < c (1 - pi_a(x1_i)), then T(x1_i) < 0, and the loss of this
 # sample goes to minus infinity as pi_theta(x1_i) goes to 0. Otherwise it is bounded below. For a
@@ -244,7 +248,8 @@ def c_dtm_loss(
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
     logits = upcast(logits)  # (..., V)
-    # log_z is more accurate than log_softmax: for V = 126,464 in float32 by a factor of 3 to 40.
+    # To subtract log_z once from the sum over v is more accurate than to sum log_softmax, in which
+    # it is subtracted V times: for V = 126,464 in float32 by a factor of 3 to 40.
     log_z = logits.logsumexp(-1)  # (...)     log pi_theta(v) = logits(v) - log_z
     log_p_x1 = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
     pi_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)
@@ -278,7 +283,7 @@ def etm_loss(logits: Tensor, logits_a: Tensor, x1: Tensor, r: Tensor, h: float) 
         T = pi_a + h r (e - pi_a),    computed by (D3) with w = 1 and c = 1 - h r            (D4)
 
     r is the reward, (...), which broadcasts to x1; the other arguments are those of `c_dtm_loss`.
-    This c depends on the tokens behind the masks, so it is no control variate: it moves the
+    This c depends on the tokens behind the masks, so it is not a control variate: it moves the
     minimiser to pi_a + h Cov_a(r, e | xt), with the covariance under E_a, provided that no entry
     of this sum is negative. This is an Euler step of the tilt, with an error O(h^2).
     """
@@ -293,17 +298,19 @@ def self_consistent_loss(
 
         T = pi_a + (w / c - 1)(e - sg pi_theta),    where sg stops the gradient              (D5)
 
-    At its fixed point E_a[w (e - pi_theta) | xt] = 0, so that pi_theta is (D2). c is positive; the
-    other arguments are those of `c_dtm_loss`. The gradient with respect to the logits is, sample by
-    sample, 1/c times that of `c_dtm_loss`.
+    Where its mean gradient is zero, E_a[w (e - pi_theta) | xt] = 0, so that pi_theta is (D2). c is
+    positive; the other arguments are those of `c_dtm_loss`. The gradient with respect to the logits
+    is, sample by sample, 1/c times that of `c_dtm_loss`.
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
     to_teacher = c_dtm_loss(logits, logits_a, x1, w=1.0, c=1.0)  # T = pi_a
-    return to_teacher + c_dtm_loss(logits, logits, x1, w=0.0, c=1 - w / c)
+    # (D3) with the student in the teacher's place, T = (w / c - 1)(e - sg pi_theta)
+    correction = c_dtm_loss(logits, logits, x1, w=0.0, c=1 - w / c)
+    return to_teacher + correction
 
 
 def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean over rows of each row's mean loss over its masked positions, a scalar.
+    """Average the loss over the masked positions of each row, then over rows; return a scalar.
 
     loss  (B, L) at all positions, or (M,) at the masked positions
     mask  (B, L), boolean, True at the masked positions that are trained
@@ -311,7 +318,7 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
     Raise ValueError if a row has no such position.
 
     Why the rows come first: with masks from `mask_random` and the loss -log pi_theta(x1_i), L times
-    the expectation of this mean bounds the likelihood (k is the number of masks in a row):
+    the expectation of this mean is an upper bound on -log rho_theta(x1) (a row has k masks):
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
     """
     if loss.shape == mask.shape:
@@ -330,7 +337,7 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 def control_variate_targets(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float
 ) -> tuple[Tensor, Tensor]:
-    """Return the target y and the weight q, each (...), of a regression that learns the best c.
+    """Return the target y and the weight q of a regression that learns the best c, each (...).
 
         q = |e - pi_a|^2,    y = w <e - pi_theta, e - pi_a> / q
         c*(xt, i) = E_a[q y | xt, i] / E_a[q | xt, i]                                        (D7)
@@ -387,8 +394,8 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
 
     Raise ValueError if a reward is not finite, or ess or h_max is out of range.
 
-    How: by bisection. log ESS = 2 K(h) - K(2 h) falls in h, because K, the cumulant function of r,
-    is convex.
+    How: by bisection. log ESS = 2 K(h) - K(2 h) falls in h, because the cumulant generating
+    function K(h) = log E[e^{h r}] is convex.
     """
     ok = 0 < ess <= 1 and 0 <= h_max < math.inf and r.numel() and r.isfinite().all()
     got = f"got ess {ess:g} and h_max {h_max:g}"
@@ -398,6 +405,7 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
     log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().cpu().double().log()
     low = 0.0
     high = trial = float(h_max)
+    # Throughout, low is allowed, and every number above high is not.
     while low < trial:  # until no floating-point number lies between low and high
         log_ess = 2 * (log_p + trial * r).logsumexp(0) - (log_p + 2 * (trial * r)).logsumexp(0)
         if log_ess >= math.log(ess) - 1e-12:  # 1e-12 is more than the rounding error
@@ -448,10 +456,10 @@ def mask_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Return xt and mask, each (B, L), for sampling by blocks from left to right.
 
-    The number k of tokens that are still to be drawn is uniform on 1, ..., L in each row. The last
-    (k - 1) // block blocks are masked. The block before them is the active one: (k - 1) % block + 1
-    of its positions, chosen at random, are masked, and only these are True in `mask`. Example: for
-    C B D A in blocks of 2, k = 3 gives C _ _ _ or _ B _ _, with True at the first mask.
+    Example: for C B D A in blocks of 2, k = 3 masks give C _ _ _ or _ B _ _. The first block is the
+    active one here, and only its mask is True in `mask`. In general the number k of masks is
+    uniform on 1, ..., L in each row. The last (k - 1) // block blocks are masked completely. The
+    block before them is the active one, and (k - 1) % block + 1 random positions of it are masked.
 
     Raise ValueError if the length `block` does not divide L, or x1 contains mask_id already.
     Source: lightning_module.py in the authors' code (commit 901c244).
@@ -481,13 +489,13 @@ def ranks(score: Tensor) -> Tensor:
 # ---- 7. Sampling: from xt to x1 -----------------------------------------------------------------
 # Sampling fills the masks of xt, a few at a time. The order says which ones are next:
 #   random          Positions are chosen at random. With one token per step and temperature 1 this
-#                   draws exactly from rho_theta. The loss assumes that x1 was drawn so.
+#                   draws exactly from rho_theta. The loss assumes that x1 was drawn in this way.
 #   top_prob        The position whose most probable token has the highest probability is next, and
 #                   a token is drawn there. The choice depends on xt alone, so by the chain rule of
 #                   probability this, too, draws from rho_theta if the model is consistent.
 #   low_confidence  Tokens are drawn at all masks, and the one with the highest probability stays.
 #                   This is LLaDA's low-confidence remasking. The choice depends on the drawn
-#                   tokens, which favours probable ones, so the result is no draw from rho_theta.
+#                   tokens, which favours probable ones, so the result is not a draw from rho_theta.
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -505,7 +513,7 @@ def sample(
 
     block        the length of the blocks, which are filled from left to right (None: one block)
     per_step     the number of tokens that each sequence receives in a step, if steps is None
-    steps        the number of steps per block, which share its masks as evenly as possible
+    steps        the number of steps per block; its masks are divided evenly among them
     temperature  tokens are drawn from softmax(logits / temperature); 0 takes the most probable one
     ban_mask     never draw mask_id; if False, a position where it is drawn stays masked
 
@@ -549,9 +557,10 @@ def sample(
 def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Return the largest noisy logits, (M,), and the tokens that have them, (M,).
 
-    The argmax of logits plus Gumbel noise is a draw from softmax(logits / temperature). The noise
-    is never in bfloat16: its largest number below 1 is 1 - 2^-8, so -log(-log u) is at most 5.54.
-    Over V = 126,464 tokens its usual maximum is 11.7, so that rare tokens would never be drawn.
+    The argmax of logits plus Gumbel noise is a draw from softmax(logits / temperature). This
+    noise is -log(-log u), where u is uniform on (0, 1) and -log u exponential. It is never computed
+    in bfloat16: there u is at most 1 - 2^-8, and the noise at most 5.54. The usual maximum of the
+    noise over V = 126,464 tokens is 11.7, so that rare tokens would never be drawn.
     """
     if temperature > 0:
         logits = upcast(logits) / temperature
@@ -599,10 +608,11 @@ def exact_marginal(
 ) -> Tensor:
     """Return rho_theta (V**L,), float64, the distribution of `sample`; it is differentiable.
 
-        reach(all masked) = 1;    reach(xt with x_i = v) += reach(xt) pi_theta(v | xt, i) / k  (D11)
-
-    where reach(xt) is the probability that the sampler visits the state xt, and k is the number of
-    masks of xt. This is dynamic programming over the states, from k = L down to 0.
+    Let reach(s) be the probability that the sampler visits the state s. It visits the state with L
+    masks, and it reaches any other state s from a state xt that has one mask more, at i:
+        reach(s) = sum over the known positions i of s: reach(xt) pi_theta(s_i | xt, i) / k   (D11)
+    where xt is s with position i masked, and k is the number of masks of xt. This is computed for
+    all states with L masks, then with L - 1, and so on down to the finished sequences.
 
     choose  another decoding order: it takes the posteriors at the k masks, (n, k, V), and returns
             the probability that a mask is next and becomes v, (n, k, V); None: the random order
@@ -620,7 +630,8 @@ def exact_marginal(
             p = model(states[number], where).double().softmax(-1).view(-1, level, V)
             p = p / level if choose is None else choose(p)
             row, place = where.nonzero(as_tuple=True)  # (M,) each
-            child = number[row, None] + (token - V) * digit[place, None]  # (M, V) state numbers
+            # The number of a state changes so if the mask, the digit V, becomes the token.
+            child = number[row, None] + (token - V) * digit[place, None]  # (M, V)
             flow = reach[number[row], None] * p.flatten(0, 1)  # (M, V)
             reach = reach.index_add(0, child.flatten(), flow.flatten())
     return finite(reach[k == 0], "exact_marginal")
@@ -649,7 +660,7 @@ def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
     not V**L for any V.
 
     How: P(x1_i = v | xt) = P(xt with x_i = v) / P(xt). To tabulate P(xt) for every state, the sum
-    over each axis of rho is appended to this axis; its index V there stands for the mask.
+    over each axis of rho is appended to this axis as its entry V, which means that it is masked.
     """
     L = xt.shape[1]
     V = round(len(rho) ** (1 / L))
@@ -677,9 +688,10 @@ def regret_bound(
     rho (V**L,) is rho_a, and r (V**L,) holds the rewards. The loss is L times `mean_over_masked` of
     (D3), in expectation over x1 ~ rho_a and `mask_random`. The posteriors of rho_{a+h} attain the
     least loss. As E_a[T | xt] = Z(xt) pi_{a+h}, the right side is
-        E_{xt ~ rho_{a+h}}[(L/k) sum_{i masked} KL(pi_{a+h}(.|xt,i) || pi_theta(.|xt,i))]    (D12)
-    The sides differ by the mean gap of (D6). They are equal if the student gives a sequence the
-    same probability in every order of sampling. Raise ValueError if a side is not finite.
+        E[(L/k) sum_{i masked} KL(pi_{a+h}(.|xt,i) || pi_theta(.|xt,i))]                     (D12)
+    with the expectation over x1 ~ rho_{a+h} and `mask_random`. The difference between the sides is
+    that between the sides of (D6), averaged over x1. They are equal if the student gives a sequence
+    the same probability in every order of sampling. Raise ValueError if a side is not finite.
     """
     L = round(math.log(len(rho), V))
     rho_h = exact_tilt(rho, r, h)
@@ -777,9 +789,11 @@ class Enumeration:
         hidden = self.states == V  # (S, L)
         k = hidden.sum(1, keepdim=True)
         self.share = hidden / k.clamp_min(1)  # (S, L)  the 1/k of `mean_over_masked`
-        of_mask = 1 / torch.tensor([L * math.comb(L, n) for n in range(L + 1)]).double()[k]
+        mask_probability = 1 / torch.tensor([L * math.comb(L, n) for n in range(L + 1)]).double()[k]
         agree = ((self.states[:, None] == x1) | hidden[:, None]).all(-1)  # (S, N)
-        self.joint = agree * self.rho * of_mask  # (S, N)  probability that training meets the pair
+        self.joint = (
+            agree * self.rho * mask_probability
+        )  # (S, N)  probability that training meets the pair
         logits_a = self.teacher(self.states).detach()[:, None].expand(-1, len(x1), L, V)
         w_all = self.w[:, None].expand(len(self.states), -1, L)  # (S, N, L)
         self.batch = (logits_a, x1.expand(len(self.states), -1, L), w_all)
@@ -832,7 +846,7 @@ class Enumeration:
         agree = ((states[:, None] == all_sequences(V, L)) | hidden).all(-1).double()
         z = (agree @ (rho * w) / (agree @ rho))[:, None, None]  # E[w | xt]
         mismatch = teacher(states).softmax(-1) - exact_posterior(rho, states)
-        minimiser = z * exact_posterior(rho_h, states) + c * mismatch  # (S, L, V), times z
+        minimiser = z * exact_posterior(rho_h, states) + c * mismatch  # (S, L, V), up to a factor
         rho_theta = exact_marginal(Table(minimiser.log()), V, L)
         return (rho_h * (rho_h / rho_theta).log()).sum().item()
 

@@ -1,7 +1,9 @@
 """The maze lab: Discrete Tilt Matching on a problem where every number is known exactly.
 
     python maze_lab.py                 train by six methods, print a table, and draw a figure
-    python maze_lab.py --ablate cv     answer one question: anneal, cv, loss, sampler, or ess
+    python maze_lab.py --ablate cv     compare control variates; or vary another part of the method:
+                                       the number of phases (anneal), the form of the loss (loss),
+                                       the decoding order (sampler), or the choice of h (ess)
     python maze_lab.py --mazes 6       give each of six seeds its own random maze
     python maze_lab.py --grid 5        use a larger maze, which is still exact
 
@@ -19,18 +21,20 @@ its modes. A method that loses some of them has collapsed. This is the default m
     S . # #     S is the start, G the goal, and # a wall. L is 6, and there are 5 shortest paths.
     . . . .     "right down down right down right" is [1, 2, 2, 1, 2, 1]. It ends on G, so r = 1.
     . . . #     [1, 1, 1, 1, 1, 1] bumps five times and ends beside S, so r = 1/6.
-    . # . G     The model sees only moves and masks (token 4), neither the maze nor the reward.
+    . # . G
+
+The model sees only moves and masks (token 4), neither the maze nor the reward.
 
 THE BASE MODEL is a small masked diffusion transformer. It is trained on the paths of a noisy walker
 that drifts away from the goal, so it rarely succeeds. There are only 4^6 = 4,096 paths and
 5^6 = 15,625 partly masked states, so the distributions below are computed and not estimated.
 
 GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
-    V, L, B, M    the number of possible moves; of moves in a path; of rows in a batch; of masked
-                  positions in a batch
-    P             the number of shortest paths of the maze
+    V, L, P       there are V possible moves, L moves in a path, and P shortest paths
+    B, M          a batch has B paths with M masked positions altogether
     r             the reward of a path
-    x1, xt, mask  finished paths (B, L); the same with some moves masked; where they are masked
+    x1            finished paths (B, L)
+    xt, mask      states: paths with some moves masked, (B, L), and where they are masked, (B, L)
     rho_0         the distribution of the base model's paths
     rho_a         rho_0(x) e^{a r(x)}, normalized: the base tilted by a                       (D1)
     a, A          the tilt, which rises from 0; the final tilt `a_end`, whose rho_A is the target
@@ -41,12 +45,14 @@ GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
     teacher       the model at tilt a, which draws paths, called rollouts
     student       the model that is trained on the rollouts until it is at tilt a + h
     w             the weight e^{h r} of a rollout
-    c             the weight (coefficient) of the control variate, a term of mean zero that lowers
-                  the noise of the gradient (D3); c(xt, i) is a c for each masked position i of xt
-    arm           one method of the comparison; all arms get the same number of rollouts and
-                  gradient steps, but an arm with adaptive h may reach A early and leave some unused
+    c             the coefficient of the control variate, a term of mean zero that lowers the noise
+                  of the gradient (D3); c(xt, i) is a coefficient for position i of the state xt
+    arm           one method of the comparison; all arms may use the same number of rollouts and
+                  gradient steps, but an arm that chooses h from its rollouts may need fewer phases
+                  to reach A, and then uses fewer of both
 
-THE METRICS (the keys of `rows` in the JSON; they describe the model at the end of a run)
+THE METRICS describe the model at the end of a run. The program writes them to a JSON file, whose
+list `rows` has an entry with these keys for each arm and seed.
     kl        KL(rho_A || rho_theta) in nats, the score: 0 is the exact tilt
     success   the probability that rho_theta gives to the shortest paths, where r = 1
     modes     the effective number of shortest paths: e^entropy of rho_theta given r = 1
@@ -55,7 +61,7 @@ THE METRICS (the keys of `rows` in the JSON; they describe the model at the end 
     target_success, target_modes, target_paths   the same numbers for rho_A
     a, h      the tilt at the end; the increment of the last phase
     ess       the effective sample size of the last phase, as a share of its rollouts (D9); null for
-              "reward only", whose weights have mean 0
+              the arm "reward only", a policy gradient that has r - mean r in place of w
     seconds   the training time of the arm
     trace     a list of the same metrics after every phase, where `a` is the tilt at the end of the
               phase, and rho_a is the target
@@ -110,7 +116,7 @@ class Config:
     rollouts: int = setting(32768, "Draw this many paths per arm, all phases together")
     steps: int = setting(1600, "Take this many gradient steps per arm, all phases together")
     phases: int = setting(16, "Divide the way to A into this many phases")
-    last: float = setting(2.0, "Make the last phase this many times as long as each other phase")
+    last: float = setting(2.0, "Make the last phase this many times as long as an ordinary phase")
     batch: int = setting(256, "Use this many paths per gradient step")
     lr: float = setting(7e-3, "Start the first phase at this learning rate")
     base_steps: int = setting(800, "Train the base model for this many gradient steps")
@@ -138,7 +144,8 @@ class Arm:
     name: str  # the name in tables, figures and JSON
     c: float | FittedC = FittedC.NET
     normalize: bool = True  # whether the weights are divided by their mean over the phase
-    loss: Callable = dtm.c_dtm_loss  # the loss (D3), or etm_loss (D4), or self_consistent_loss (D5)
+    # the loss (D3), or dtm.etm_loss (D4, explicit tilt matching), or dtm.self_consistent_loss (D5)
+    loss: Callable = dtm.c_dtm_loss
     phases: int | None = None  # None stands for Config.phases.
     adaptive_h: bool = False  # whether h depends on the rollouts; if not, h is equal in all phases
     reward_only: bool = False  # whether r - mean r replaces w, which gives a policy gradient
@@ -152,10 +159,11 @@ def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
 
 
 C_0, C_1 = paper_arm("c = 0", c=0.0), paper_arm("c = 1", c=1.0)
-SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)  # From here on the arms are ours.
+SELF_NORMALIZED = Arm("c = 1, self-normalized", c=1.0)
 BEST_SCALAR, LEARNED = Arm("best scalar c", c=FittedC.SCALAR), Arm("learned c")
-# A policy gradient has no teacher term, so c = 0. Its loss is not bounded below: with the learning
-# rate of the other arms, paths lose all of their probability, and the KL becomes infinite.
+# The target (D3) with c = 0 is w e. With r - mean r for w, the gradient of the loss is a policy
+# gradient. The loss is not bounded below: with the learning rate of the other arms, paths lose all
+# of their probability, and the KL becomes infinite.
 REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
@@ -171,8 +179,9 @@ ABLATIONS = {
         paper_arm("self-consistent", c=1.0, loss=dtm.self_consistent_loss),
     ],
     "sampler": [
-        Arm("random order"),
-        Arm("top-probability order", order="top_prob"),
+        Arm("random order"),  # of the positions in which the teacher draws a rollout
+        Arm("top-probability order", order="top_prob"),  # The surest position is next.
+        # A token is drawn at every mask, and the surest one is kept.
         Arm("low-confidence remasking", order="low_confidence"),
     ],
     "ess": [Arm("equal h"), ADAPTIVE_H],
@@ -184,7 +193,8 @@ ABLATIONS = {
 class Phase:
     """What `tilt` yields after each phase, for code that measures from outside the loop.
 
-    `student` and `control` are live objects that keep training.
+    `student` and `control` are live objects that keep training. A Table is a model in the form of
+    its logits in all 5^L states, see `tabulate`.
     """
 
     a: float  # the tilt at the start of the phase
@@ -221,12 +231,14 @@ def tilt(
         peak_lr = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))  # Later phases move less.
         # 2. Draw rollouts from the teacher, compute their rewards, and weight them.
         blank = torch.full((n, maze.L), MASK, device=device)
+        # `sample` yields the states on the way; the last one is finished.
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # The last increment ends at A.
         w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
         if arm.reward_only:
-            w = r - r.mean()  # The loss is then a policy gradient on the bound (D6).
+            w = r - r.mean()  # The loss then gives a policy gradient, with the bound (D6) in
+            # place of the log-probability of a path.
         for step in range(steps):
             # 3. Mask a batch. The indices are computed once, because `nonzero` makes the CPU wait
             #    for the GPU.
@@ -237,12 +249,13 @@ def tilt(
             # 4. Take a gradient step on the loss at the masked positions.
             logits, logits_a = student(xt, positions), teacher(xt, positions)  # (M, V) each
             token, w_masked = x1[chosen][positions], w[chosen][row]  # (M,) each
-            c = control(xt, positions)  # a number or (M,)
+            c = control(xt, positions)  # a number or (M,); the losses treat it as a constant
             if arm.loss is dtm.etm_loss:  # (D4) takes the reward and h instead of w and c.
                 loss = dtm.etm_loss(logits, logits_a, token, r[chosen][row], h)  # (M,)
             else:
                 loss = arm.loss(logits, logits_a, token, w_masked, c)  # (M,)  (D3) or (D5)
-            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)  the same share for each row
+            # Each path counts 1 / B, which its masked positions share equally.
+            share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)
             dtm.take_step(optimizer, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
                 c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_masked, share=share
@@ -260,7 +273,8 @@ def tilt(
 def phase_sizes(cfg: Config, phases: int) -> list[tuple[int, int]]:
     """Return the numbers of rollouts and of gradient steps of each phase.
 
-    The last phase is `cfg.last` times as long as each other phase.
+    The last phase is `cfg.last` times as long as an ordinary phase, so that the run has the length
+    of phases - 1 + cfg.last ordinary phases.
     """
 
     def sizes(total: int) -> list[int]:
@@ -276,7 +290,7 @@ def adam(model: nn.Module) -> torch.optim.Adam:
 
 
 # ---- 3. Control variates ------------------------------------------------------------------------
-# An object of this section computes c, the weight (coefficient) of the control variate, for a batch
+# An object of this section computes c, the coefficient of the control variate, for a batch
 # of states: one number, or one number per masked position. It learns from a batch only after its c
 # was used on that batch, because a c fitted to the batch on which it is used would bias the loss.
 @dataclass(eq=False)
@@ -322,8 +336,9 @@ class LearnedC:
         return c[positions]  # (M,)
 
     def learn(self, c, *, logits, logits_a, token, w, share) -> None:
-        # The first two arguments are both logits_a, because (D7) taken at the teacher has the
-        # target y = w; taken at the student, y would be noisier.
+        # The best c minimises the mean of q (c - y)^2, see (D7). The first argument should be the
+        # student's logits. With the teacher's logits in their place the target y is just w, which
+        # is less noisy.
         y, q = dtm.control_variate_targets(logits_a, logits_a, token, w)
         dtm.take_step(self.optimizer, (share * q * (c - y) ** 2).sum(), lr=2e-3)
 
@@ -351,43 +366,43 @@ def make_schedule(arm: Arm, cfg: Config) -> Callable[[float, Tensor], float]:
 
 
 class AdaptiveSchedule:
-    """Each h keeps the effective sample size of the phase's own rollouts at a fixed share (ours).
+    """Chooses h so that the weighted rollouts have an effective sample size of 0.93 n (ours).
 
     No h is smaller than a tenth of an equal increment, and the last phase takes what is left.
     """
 
-    ESS = 0.93  # This share reaches A = 32 in about 16 phases.
+    ESS = 0.93  # With this share of n, the run reaches A = 32 in about 16 phases.
 
     def __init__(self, a_end: float, phases: int):
         self.a_end = a_end
         self.phases = phases
-        self.started = 0
+        self.phases_started = 0
 
     def __call__(self, a: float, r: Tensor) -> float:
-        self.started += 1
+        self.phases_started += 1
         left = self.a_end - a
-        if self.started == self.phases:
+        if self.phases_started == self.phases:
             return left
         return max(dtm.next_h(r, self.ESS, left), 0.1 * self.a_end / self.phases)
 
 
 # ---- 5. The maze --------------------------------------------------------------------------------
 class Maze:
-    """A maze as tables over its n * n cells: the start is the first cell, and the goal the last.
+    """A maze as tables over its N = side * side cells: cell 0 is the start, and the last the goal.
 
-    next_cell (n*n, 4)  the cell that each move leads to; a bump leads to the same cell
-    progress  (n*n,)    the reward of ending there, 1 - dist(cell, goal) / dist(start, goal); walls
+    next_cell (N, 4)    the cell that each move leads to; a bump leads to the same cell
+    progress  (N,)      the reward of ending there, 1 - dist(cell, goal) / dist(start, goal); walls
                         keep 0, because no path visits them; a cell that is cut off from the goal
                         keeps 0
     paths     (P, L)    the shortest paths as moves, in lexical order: the modes
-    policy    (n*n, 4)  the move probabilities of the walker that makes the training data. It
+    policy    (N, 4)    the move probabilities of the walker that makes the training data. It
                         gives weight 2 to the moves of its drift, 1 to other free moves, and 0.3
                         to a bump.
     """
 
     def __init__(self, walls: list[list[int]], drift: tuple[int, int] = DRIFT["away"]):
         self.walls = walls
-        self.n = n = len(walls)  # Cell (i, j) has the number i * n + j.
+        self.side = n = len(walls)  # Cell (i, j) has the number i * n + j.
         graph = maze_graph(walls)
         start, goal = (0, 0), (n - 1, n - 1)
         distance = nx.single_source_shortest_path_length(graph, goal)
@@ -522,7 +537,7 @@ def tabulate(net: nn.Module, L: int) -> dtm.Table:
     states = dtm.all_sequences(V + 1, L, next(net.parameters()).device)  # (5^L, L)
     logits = torch.empty(len(states), L, V, device=states.device)
     for chunk, xt in zip(logits.split(2**11), states.split(2**11), strict=True):
-        chunk.copy_(net(xt))  # Many small results would fragment the memory.
+        chunk.copy_(net(xt))  # A list of pieces, to be joined later, would fragment the memory.
     return dtm.Table(logits).requires_grad_(False)
 
 
@@ -540,10 +555,11 @@ class ExactEvaluation:
         self.x = dtm.all_sequences(V, maze.L)
         self.r = maze.reward(self.x)
         self.rho_0 = path_distribution(base)
+        # `all_sequences` counts in base V, so a path that is read as a number is its own index.
         self.shortest = (maze.paths * V ** torch.arange(maze.L - 1, -1, -1)).sum(1)
 
     def measure(self, table: dtm.Table, a: float) -> dict:
-        """Return the metrics of the file's head for a model, with rho_a as the target."""
+        """Return the metrics that the head of the file lists, with rho_a as the target."""
         rho, target = path_distribution(table), dtm.exact_tilt(self.rho_0, self.r, a)
         success, target_success = rho[self.shortest].sum(), target[self.shortest].sum()
         paths, target_paths = rho[self.shortest] / success, target[self.shortest] / target_success
@@ -587,7 +603,7 @@ ROW_TEMPLATE = (
 
 
 def run_base(cfg: Config, seed: int, device: str) -> dict:
-    """Train the base model of a seed, and return it with what is known about it."""
+    """Train the base model of a seed, and return it with its metrics and its rewards."""
     maze = make_maze(cfg, seed)
     net = train_base(maze, cfg, seed, device)
     table = tabulate(net, maze.L)
@@ -629,7 +645,8 @@ def follow(phases: Iterator[Phase], evaluation: ExactEvaluation) -> Iterator[tup
     for phase in phases:
         seconds += time.perf_counter() - clock
         w = phase.w
-        is_weight = w.min() >= 0  # "Reward only" has r - mean r in place of a weight.
+        # "Reward only" has r - mean r in place of a weight.
+        is_weight = bool(w.min() >= 0 and w.max() > 0)
         ess = (w.mean().square() / w.square().mean()).item() if is_weight else None  # (D9)
         record = evaluation.measure(phase.next_teacher, phase.a + phase.h)
         yield phase, record | {"h": phase.h, "ess": ess, "seconds": seconds}
@@ -694,9 +711,9 @@ def processors() -> int:
 COLUMNS = {
     "kl": "KL, nats",
     "success": "success",
-    "target_success": "its target",
+    "target_success": "target success",
     "modes": "paths kept",
-    "target_modes": "their target",
+    "target_modes": "target paths",
 }
 
 
@@ -707,7 +724,7 @@ def by_arm(result: dict) -> dict[str, list[dict]]:
 
 
 def mean_and_error(rows: list[dict], key: str) -> tuple[float, float]:
-    """Return the mean of a metric over the rows and its standard error, NaN for a single row."""
+    """Return the mean of a metric over the rows, and its standard error or NaN for a single row."""
     values = torch.tensor([row[key] for row in rows], dtype=torch.float64)
     error = values.std().item() / math.sqrt(len(rows)) if len(rows) > 1 else math.nan
     return values.mean().item(), error
@@ -721,7 +738,8 @@ def format_table(result: dict, columns: dict[str, str]) -> str:
     for name, rows in arms.items():
         cells = "".join(f"{format_cell(rows, key):>17}" for key in columns)
         lines.append(f"{name:>{width}}{cells}")
-    seeds = f"mean +- standard error over {len(rows)} seeds" if len(rows) > 1 else "one seed"
+    count = len(next(iter(arms.values())))
+    seeds = f"the mean +- standard error over {count} seeds" if count > 1 else "one seed"
     return "\n".join([*lines, f"Each model is measured exactly; the table shows {seeds}."])
 
 
@@ -734,7 +752,7 @@ def format_cell(rows: list[dict], key: str) -> str:
 
 
 def write_then_rename(file: Path, write: Callable[[Path], object]) -> None:
-    """Call write(temporary) and rename what it wrote to `file`, which is thus always complete."""
+    """Let `write` fill a temporary file and rename it, so that `file` is never half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".half-{file.name}")
     write(temporary)
@@ -751,7 +769,7 @@ def save_result(out: Path, name: str, result: dict) -> Path:
 
 
 def name_of(value: object) -> str:
-    """Return the name of a function or class; it is what JSON has in its place."""
+    """Return what JSON holds in place of an object: the name of a function, or str(object)."""
     return getattr(value, "__name__", str(value))
 
 
@@ -773,7 +791,7 @@ def draw(result: dict, file: Path) -> None:
     The arm's mean KL to the target stands above its bars.
     """
     from matplotlib import colormaps
-    from matplotlib.figure import Figure  # Pyplot could have a backend that a notebook has chosen.
+    from matplotlib.figure import Figure  # Pyplot would use the backend of a notebook.
 
     figure = Figure(figsize=(8.8, 3.6), layout="constrained")
     axis = figure.subplots()
@@ -867,8 +885,10 @@ def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespac
     for name, value in asdict(cfg).items():
         if name not in ("walker", "mazes") and not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} {value} is not positive and finite.")
+    if cfg.width % 2:
+        parser.error(f"--width {cfg.width} is odd; two attention heads divide it.")
     most = max(arm.phases or cfg.phases for arm in args.arms)
-    if min(cfg.steps, cfg.rollouts) < most - 1 + cfg.last:
+    if min(cfg.steps, cfg.rollouts) * min(1, cfg.last) < most - 1 + cfg.last:
         advice = "raise these or lower --phases"
         parser.error(f"{most} phases need more --steps and --rollouts; {advice}.")
     return cfg, args

@@ -34,7 +34,7 @@ def known_cells(maze: lab.Maze, xt: Tensor) -> list[tuple[int, int]]:
     hidden = (xt == MASK).nonzero()
     known = int(hidden[0]) if len(hidden) else len(xt)
     cells = maze.cells(xt[None, :known])[0] if known else torch.zeros(1)
-    return [divmod(int(cell), maze.n) for cell in cells]
+    return [divmod(int(cell), maze.side) for cell in cells]
 
 
 def draw_maze(axis, maze: lab.Maze) -> None:
@@ -42,7 +42,7 @@ def draw_maze(axis, maze: lab.Maze) -> None:
     axis.imshow(torch.tensor(maze.walls).numpy(), cmap="Greys", vmax=1.4)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(True)
-    for letter, cell in (("S", 0), ("G", maze.n - 1)):
+    for letter, cell in (("S", 0), ("G", maze.side - 1)):
         axis.text(cell, cell, letter, ha="center", va="center", weight="bold")
 
 

@@ -28,7 +28,9 @@ def random_net(seed=0, L=MAZE.L):
 def graph_of(maze):
     """Derive the maze a second time: free cells at distance one are joined."""
     graph = nx.Graph()
-    cells = [cell for cell in product(range(maze.n), repeat=2) if not maze.walls[cell[0]][cell[1]]]
+    cells = [
+        cell for cell in product(range(maze.side), repeat=2) if not maze.walls[cell[0]][cell[1]]
+    ]
     for a, b in product(cells, repeat=2):
         if abs(a[0] - b[0]) + abs(a[1] - b[1]) == 1:
             graph.add_edge(a, b)
@@ -82,7 +84,7 @@ def walker_weights(maze, drift):
 def test_the_walker_drifts_as_described(name, drift):
     maze = lab.Maze(MAZE.walls, lab.DRIFT[name])
     for (i, j), weight in walker_weights(maze, drift).items():
-        torch.testing.assert_close(maze.policy[i * maze.n + j], weight)
+        torch.testing.assert_close(maze.policy[i * maze.side + j], weight)
 
 
 def walk_law(maze):

@@ -221,7 +221,7 @@ def test_the_two_token_example_of_an_inconsistent_teacher():
 
 @pytest.mark.parametrize("corruption", ["uniform state", "blocks"])
 def test_D3_holds_for_other_corruptions(corruption):
-    """Enumerate q(xt | x1) on 9 sequences: the mean gradient vanishes at the tilted posterior.
+    """Enumerate P(xt | x1) on 9 sequences: the mean gradient vanishes at the tilted posterior.
 
     "uniform state" replaces each token by a uniform one with probability 0.4. "blocks" keeps the
     first token, and masks or replaces the second.
