@@ -15,15 +15,18 @@ CONTENTS   1 settings   2 the loop   3 the rollout buffer   4 the control variat
 The loop uses the package `llada/`: model, adapters, decoding, tasks, answer checking, checkpoints
 and processes. A task is one class; see `llada/tasks.py`.
 
-GLOSSARY. Symbols and equations (D1), (D2), ... are those of `dtm.py`.
+GLOSSARY. The head of `dtm.py` explains teacher, student, tilt, phase and control variate, and its
+symbols and equations (D1), (D2), ... are used here.
 x1, xt              finished completions, and the same partly masked
 rollout             a completion that the teacher has drawn, with its reward
-block               --block consecutive tokens; a completion is decoded in blocks, left to right
+block               --block consecutive tokens; a completion is decoded in blocks, left to right,
+                    and ends with the block that holds its first end token (unless --past_end)
 active block        the block that is being decoded, or that `mask_blockwise` picks for training:
                     earlier ones are complete, later ones masked
-trained positions   the masked positions of the active block, up to the end of the completion
-a, h, r, w, c       the tilt, its increment, rewards, weights e^{h r}, the coefficient of the
-                    control variate
+trained positions   the masked positions of the active block; a block after the end has none
+a, h                the tilt, and its increment
+r, w                the rewards of completions, and their weights e^{h r}
+c                   the coefficient of the control variate
 L, V                the length of a completion, the size of the vocabulary
 N, B, M             the numbers of rollouts in a rank's buffer, of completions in a micro-batch, and
                     of trained positions in a micro-batch
@@ -89,10 +92,12 @@ def option(default, text: str):
 
 @dataclass
 class Config:
-    """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku, and
-    each task has a `preset` of changes to them."""
+    """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku, but
+    their runs correspond to --lora paper and --past_end. Each task has a `preset` of changes."""
 
-    task: str = option("sudoku", f"{', '.join(TASKS)}, or your own class in lower case")
+    task: str = option(
+        "sudoku", f"{', '.join(TASKS)}, or the name of your own class, in lower case"
+    )
     model: str = option("GSAI-ML/LLaDA-8B-Instruct", "checkpoint: a folder or a hub id")
     out: str = option("", "output folder; empty: runs/TASK-SEED for train, ADAPTER-eval for eval")
     seed: int = option(42, "seed of masks, tokens and dropout; rank k adds k million")
@@ -104,11 +109,16 @@ class Config:
     )
     a_end: float = option(100.0, "tilt at which the run ends")
     ess: float = option(
-        0.0, "choose h to keep this effective sample size, a share below 1; 0: fixed h"
+        0.0,
+        "choose h so that the weights keep this effective sample size, a share below 1; 0: fixed h",
     )
-    c: str = option("1", "control variate: a number, best (one scalar) or learned (c(xt, i))")
+    c: str = option(
+        "1",
+        "coefficient of the control variate: a number; best, a fitted number; learned, c(xt, i)",
+    )
     normalize: str = option(
-        "none", "divide weights by their mean: not, over all ranks (batch), per prompt (group)"
+        "none",
+        "none: weights e^{h r}; batch: divided by their mean over all ranks; group: per prompt",
     )
     steps_per_h: int = option(256, "optimizer steps per phase")
     # the rollout buffer of a rank
@@ -121,7 +131,7 @@ class Config:
     gen_length: int = option(256, "tokens per completion")
     block: int = option(32, "tokens per block, in decoding and in masking")
     steps: int = option(
-        128, "network evaluations per completion; gen_length: one token per evaluation"
+        128, "network evaluations per completion; as many as its tokens: one token per evaluation"
     )
     temperature: float = option(
         0.0, "sampling temperature of rollouts; 0 takes the most probable token"
@@ -135,7 +145,7 @@ class Config:
     batch: int = option(4, "completions per micro-batch and rank")
     accum: int = option(16, "micro-batches per optimizer step")
     lr: float = option(3e-6, "largest learning rate of a phase")
-    lr_min: float = option(1e-6, "learning rate at the end of a phase")
+    lr_min: float = option(1e-6, "learning rate at the end of a phase, at most --lr")
     weight_decay: float = option(0.1, "weight decay of AdamW, whose betas are 0.9 and 0.99")
     clip: float = option(1.0, "largest norm of the adapter's gradient")
     ema: float = option(
@@ -203,8 +213,12 @@ def check_settings(cfg: Config) -> None:
     check(not alone, f"--normalize group divides the only weight of a prompt by itself; {advice}")
     both_or_neither = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
     check(both_or_neither, "--refresh and --refresh_steps must both be 0, or neither")
-    if cfg.normalize == "none" and not cfg.ess:  # an overflow is refused before the first rollout
-        tilt_weight(torch.tensor([TASKS[cfg.task].top]), cfg.h)
+    alike = cfg.normalize == "group" and cfg.temperature == 0
+    advice = "set --temperature 1"
+    check(not alike, f"--normalize group at temperature 0 compares equal completions; {advice}")
+    check(cfg.lr_min <= cfg.lr, f"--lr_min {cfg.lr_min} exceeds --lr {cfg.lr}; lower it, too")
+    if cfg.normalize == "none":  # an overflow is refused before the first rollout
+        tilt_weight(torch.tensor([TASKS[cfg.task].top]), min(cfg.h, cfg.a_end))
 
 
 # ---- 2. The loop --------------------------------------------------------------------------------
@@ -251,8 +265,8 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                 state.total += 1
                 log_step(run, sums, grad_norm=float(grad_norm), lr=lr)
                 progress.update()
-                due = state.total % cfg.save_every == 0 and state.step < cfg.steps_per_h
-                save_or_stop(run, due)
+                last = state.step == cfg.steps_per_h  # save before the evaluation, which is long
+                save_or_stop(run, due=last or state.total % cfg.save_every == 0)
             progress.close()
             end_phase(run)  # 5. teacher <- student or its average; a <- a + h; step <- 0
             evaluate_phase(run, watch)
@@ -338,8 +352,9 @@ def check_finite(run: "Run", sums: Tensor, grad_norm: Tensor) -> None:
 
 
 def update_average(run: "Run") -> None:
-    for name, p in run.student.named_parameters() if run.average else ():
-        run.average[name].lerp_(p.detach(), 1 - run.cfg.ema)
+    if run.average:
+        for name, p in run.student.named_parameters():
+            run.average[name].lerp_(p.detach(), 1 - run.cfg.ema)
 
 
 # ---- 3. The rollout buffer ----------------------------------------------------------------------
@@ -414,6 +429,7 @@ class Buffer:
             self.pending = {"row": torch.tensor(rows), "x1": x1.to(self.ranks.device), "done": done}
             self.pending |= {"r": zeros, "solved": zeros.clone()}
         rows = self.pending["row"].tolist()
+        # `by_length` sorts the rollouts into a single batch; --chunk of them are decoded at once.
         [order] = by_length([self.prompt(row) for row in rows], size=len(rows))
         quiet = self.ranks.rank > 0
         with tqdm(total=len(rows), desc="rollouts", disable=quiet, leave=False) as progress:
@@ -476,7 +492,9 @@ class Buffer:
             ends = torch.tensor(self.tokenizer.ends, device=device)
             mask = mask & before_the_end(x1, cfg.block, ends)
         trained = mask.any(1)
-        trained[0] |= ~trained.any()  # else no gradient: this one is zero, and all ranks have one
+        # If no row has a trained position, row 0 stays. Its loss is an empty sum, so the gradients
+        # are zeros instead of None, and the ranks can average them.
+        trained[0] |= ~trained.any()
         batches = []
         for rows in trained.nonzero()[:, 0].split(cfg.batch):
             prompts = [self.prompt(row[drawn[i]]) for i in rows.tolist()]
@@ -522,15 +540,15 @@ class ControlVariate:
     """The coefficient c of (D3) at the trained positions: a number, the best scalar, or learned.
 
     "best" is the scalar c of (D8); "learned" is a ridge regression of c(xt, i), (D7), on 64 fixed
-    random projections of the teacher's last hidden state and a constant. (The maze lab learns c
+    random projections of the teacher's last hidden state and a constant. (`maze_lab.py` learns c
     with a small network instead.) Both are least-squares fits of `dtm.control_variate_targets` over
-    past steps, older ones counting less. A step's c comes from earlier steps. The gradient would
-    be unbiased if every step drew new rollouts; here rollouts are used again, and the few features
-    keep the bias small. More features would overfit the weights of one buffer.
+    past steps, older ones counting less. A step's c comes from earlier steps. The gradient would be
+    unbiased if every step drew new rollouts. Here rollouts are used again, and the few features
+    keep the bias small; more features would fit the rewards of one buffer.
     """
 
     FEATURES = 64
-    MEMORY = 0.95  # the share that the past keeps per step
+    MEMORY = 0.95  # each step multiplies the equations of earlier steps by it
     RIDGE = 1e-3  # in units of the mean diagonal of the normal equations
 
     def __init__(self, kind: str, width: int, device: torch.device):
@@ -564,7 +582,7 @@ class ControlVariate:
 
     @torch.no_grad()
     def observe(self, at: Positions) -> None:
-        """Add a micro-batch to the normal equations; a position counts with q share^2, see (D8)."""
+        """Add a micro-batch to the normal equations; a position weighs q share^2, see (D8)."""
         if self.fitted:
             y, q = dtm.control_variate_targets(at.logits, at.logits_a, at.x1, at.w)
             phi = self.features(at.hidden)
@@ -869,7 +887,7 @@ def keep_best(run: Run) -> None:
 
 
 def evaluate_teacher(run: Run, rows: list[dict]) -> dict | None:
-    """Return the scores of the run's teacher on some rows; None on other ranks than 0."""
+    """Return the scores of the run's teacher on some rows; None on ranks other than 0."""
     model = run.model.use("teacher")
     return evaluate(model, rows, cfg=run.cfg, tokenizer=run.tokenizer, ranks=run.ranks)
 
@@ -956,20 +974,23 @@ def make_parser() -> argparse.ArgumentParser:
     eval_flags.add_argument(
         "--adapter", type=Path, help="PEFT folder, such as RUN/best; none: base"
     )
-    text = "lengths of completions in tokens (default: the run's, and twice that)"
+    text = "lengths of completions in tokens (default: the run's, and twice that); --steps belongs "
+    text += "to the run's length and grows in proportion"
     eval_flags.add_argument("--lengths", type=int, nargs="+", metavar="L", help=text)
     add_settings(eval_flags, only=("task", "model", "out", "test_data", "chunk", "block", "steps"))
     merge_flags = add_action("merge", "Write the base model with an adapter merged into it.")
     merge_flags.add_argument(
         "folder", type=Path, metavar="OUT", help="folder, which must not exist"
     )
-    merge_flags.add_argument("--adapter", type=Path, required=True, help="PEFT folder, as RUN/best")
+    merge_flags.add_argument(
+        "--adapter", type=Path, required=True, help="PEFT folder, such as RUN/best"
+    )
     merge_flags.add_argument("--model", default="", help="base (default: the one of the adapter)")
     return parser
 
 
 def add_settings(parser: argparse.ArgumentParser, only=(), without=(), defaults=None) -> None:
-    """Add a flag per setting, with the defaults of all tasks or those that a script gives."""
+    """Add a flag per setting. -h shows `defaults[name]` if a script gives it, else each task's."""
     for f in fields(Config):
         if f.name in without or (only and f.name not in only):
             continue
@@ -1008,8 +1029,8 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
         given = settings_near(adapter, given) | given
         if "task" not in given:
             say(ranks, f"no run's config.json near {adapter}: the task is {Config.task}")
-    place = adapter or f"runs/{given.get('task', Config.task)}-base"
-    cfg = make_config(**{"out": f"{place}-eval", **given})
+    task, base = given.get("task", Config.task), Path(given.get("model") or Config.model).name
+    cfg = make_config(**{"out": f"{adapter or f'runs/{task}-{base}'}-eval", **given})
     lengths = lengths or [cfg.gen_length, 2 * cfg.gen_length]
     settings = {}
     for length in lengths:  # as many tokens per network evaluation as in rollouts

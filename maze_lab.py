@@ -781,7 +781,7 @@ def title_of(result: dict) -> str:
     target, _ = mean_and_error(arms[LEARNED.name], "target_modes")
     few, _ = mean_and_error(arms[REWARD_ONLY.name], "modes")
     many, _ = mean_and_error(arms[LEARNED.name], "modes")
-    claim = f"Training on reward only keeps {few:.1f} of {target:.1f} shortest paths"
+    claim = f"Training on reward only keeps {few:.1f} of the {target:.0f} shortest paths"
     return f"{claim}; annealing with a learned c keeps {many:.1f}"
 
 
@@ -810,6 +810,8 @@ def draw(result: dict, file: Path) -> None:
                 bottom += row["success"] * share
         if name in arms:
             axis.text(place, 1.03, f"KL {mean_and_error(rows, 'kl')[0]:.2f}", ha="center")
+        elif name == "base":  # The bars may be too small to be seen.
+            axis.text(place, 0.03, f"{mean_and_error(rows, 'success')[0]:.1g}", ha="center")
     axis.set_title(title_of(result), fontsize=11)
     labels = [f"{name}\n({ORIGIN[name]})" if name in ORIGIN else name for name in groups]
     axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 9 else 20)

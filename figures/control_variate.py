@@ -185,7 +185,10 @@ def draw(result: dict, path: Path) -> None:
         runs.plot(*center, "o", ms=9, color=colour)
         label = {"color": colour, "textcoords": "offset points"}
         shift = {"c = 1, self-normalized": (8, -2), "learned c": (8, -6)}.get(name, (8, 4))
+        if name in ("c = 0.5", "c = 1"):  # The points of other arms are on the right of them.
+            label["ha"], shift = "right", (-8, 4)
         runs.annotate(name.replace(", ", ",\n"), center, shift, **label)
+        label.pop("ha", None)
         line = [p for p in result["exact"] if p["a"] == last and p["arm"] == name]
         exact.plot([p["h"] for p in line], [p["grad_var"] for p in line], ".-", color=colour)
         text = "best c(xt, i), by enumeration" if name == "learned c" else name
@@ -193,7 +196,7 @@ def draw(result: dict, path: Path) -> None:
         spot = (line[point]["h"], line[point]["grad_var"])
         exact.annotate(text, spot, shift, ha=side, **label)
     runs.set(xscale="log", yscale="log", xlabel="gradient variance during the run")
-    runs.set(ylabel="final KL(target || model), nats", xlim=(None, 1.2))
+    runs.set(ylabel="final KL(target, model), nats", xlim=(None, 1.2))
     runs.yaxis.set_major_formatter("{x:g}")
     runs.yaxis.set_minor_formatter("{x:.1g}")
     runs.set_title(f"Small points are the {len(result['seeds'])} seeds of each arm", fontsize=10)

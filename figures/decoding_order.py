@@ -72,8 +72,8 @@ def exact_teachers(evaluation: lab.ExactEvaluation, a_end: float) -> list[dict]:
 def title_of(result: dict) -> str:
     ends = {name: mean(rows, "kl") for name, rows in lab.by_arm(result).items()}
     low, exact = ends["low-confidence remasking"], ends["random order"]
-    claim = f"Rollouts by low-confidence remasking end {low:.1f} nats from the target"
-    return f"{claim}; in random order they end {exact:.2f} nats away"
+    claim = f"DTM on rollouts by low-confidence remasking ends {low:.1f} nats from the target;"
+    return f"{claim}\nin random order it ends {exact:.2f} nats away"
 
 
 def draw(result: dict, path: Path) -> None:
@@ -91,9 +91,9 @@ def draw(result: dict, path: Path) -> None:
         spot, shift = (tilts[1], distances[1]), (0, (18, 6, 8)[place])
         exact.annotate(name, spot, shift, textcoords="offset points", color=colour, ha="center")
     runs.set_xticks(range(len(arms)), [name.replace(" ", "\n", 1) for name in arms])
-    runs.set(yscale="log", ylabel="final KL(target || model), nats", xlim=(-0.5, len(arms) - 0.2))
+    runs.set(yscale="log", ylabel="final KL(target, model), nats", xlim=(-0.5, len(arms) - 0.2))
     runs.set_title(f"Small points are the {len(result['seeds'])} seeds", fontsize=10)
-    exact.set(xlabel="tilt a", ylabel="KL(rho_a || paths drawn), nats")
+    exact.set(xlabel="tilt a", ylabel="KL(rho_a, paths drawn), nats")
     exact.margins(y=0.12)
     exact.set_title("The order changes even an exact model (one seed)", fontsize=10)
     command.save_figure(figure, title_of(result), path)

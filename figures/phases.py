@@ -79,7 +79,7 @@ def draw(result: dict, path: Path) -> None:
     run.set_title("The bound holds in every phase of the run with 16 phases", fontsize=10)
     final.set_xscale("log", base=2)
     final.xaxis.set_major_formatter("{x:g}")
-    final.set(yscale="log", xlabel="number of phases", ylabel="final KL(target || model), nats")
+    final.set(yscale="log", xlabel="number of phases", ylabel="final KL(target, model), nats")
     seeds = len(result["seeds"])
     final.set_title(f"Bars show the standard error over {seeds} seeds", fontsize=10)
     command.save_figure(figure, title_of(result), path)

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import maze_lab
-from figures import control_variate, decoding_order, phases
+from figures import antibody, control_variate, decoding_order, phases, toy_llada
 from figures.rivals import compare
 
 DRAW = {
@@ -18,6 +18,8 @@ DRAW = {
     "control_variate": control_variate.draw,
     "decoding_order": decoding_order.draw,
     "rivals": compare.draw,
+    "antibody": antibody.draw,
+    "toy": toy_llada.draw,
 }
 
 

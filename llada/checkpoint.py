@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict:
 
 def read_tensors(path: Path, names: list[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """Yield the name and the value of the given tensors (default: all) of a safetensors file."""
-    damaged = f"{path} is missing or damaged; copy or download it again"
+    damaged = f"{path} is missing or damaged; restore it or download it again"
     with explained(damaged, SafetensorError, OSError), safe_open(path, framework="pt") as file:
         for name in file.keys() if names is None else names:
             yield name, file.get_tensor(name)
@@ -87,7 +87,7 @@ class State:
     phase: int = 0  # the number of finished phases
     step: int = 0  # optimizer steps in the present phase
     total: int = 0  # optimizer steps in all phases
-    evaluated: bool = False  # whether the base model has been evaluated
+    evaluated: bool = False  # whether the base model has been evaluated on the validation rows
     best: float = -1.0  # the largest share of validation rows solved so far ...
     best_phase: int = 0  # ... and the number of finished phases at that time
     log_bytes: int = 0  # the length of metrics.jsonl
@@ -132,7 +132,7 @@ def save_checkpoint(
         check(found == ranks.size, f"{temporary} holds {found} of {ranks.size} ranks; {advice}")
         # Deleting is slow, so a folder is renamed first: a process that is killed halfway leaves no
         # part of a folder under the name of a checkpoint.
-        outdated = [renamed(folder)] if folder.exists() else []  # a run may stop twice at one step
+        outdated = [renamed(folder)] if folder.exists() else []  # saved at this step before
         temporary.replace(folder)
         outdated += [renamed(old) for old in checkpoints(run)[:-KEPT]]
         for old in outdated:
@@ -163,14 +163,15 @@ def load_checkpoint(run: Path, ranks: Ranks) -> tuple[State, dict, dict, dict] |
     if everywhere[0] < 0:
         return None
     folder = run / newest
-    advice = f"if a second try fails too, delete {folder}, and the previous checkpoint is used"
-    with explained(advice, ValueError, TypeError):
+    advice = "try again; if that fails, delete this folder, and the previous checkpoint is used"
+    unreadable = f"the checkpoint {folder} cannot be read; {advice}"
+    with explained(unreadable, ValueError, TypeError):
         state = State(**read_json(folder / "state.json"))
         shared = dict(read_tensors(folder / "shared.safetensors"))
         student = dict(read_tensors(folder / "adapter" / "adapter_model.safetensors"))
     message = f"{run} ran on {state.ranks} ranks, but there are {ranks.size} now"
     check(state.ranks == ranks.size, f"{message}; resume with {state.ranks} ranks")
-    with explained(advice, ValueError):
+    with explained(unreadable, ValueError):
         own = dict(read_tensors(folder / f"rank{ranks.rank}.safetensors"))
     return state, shared, own, student
 

@@ -5,9 +5,9 @@ to right, with a fixed number of network evaluations per block. Each of these fi
 block's masked positions. `dtm.sample` does that; this file puts a prompt before the completion, and
 stops where a completion has ended.
 
-Source: ML-GSAI/LLaDA generate.py (b7e6c35). It differs in three points: here probabilities and
-noise are float32, the head is computed at masked positions only, and a mask token inside a prompt
-stays as it is.
+Source: ML-GSAI/LLaDA generate.py (b7e6c35). This file differs from it in three points:
+probabilities and noise are float32, the head is computed at masked positions only, and a mask token
+inside a prompt stays as it is.
 """
 
 import itertools
@@ -116,24 +116,24 @@ class PromptedModel:
         self.ids, self.mask = prompts
         self.ends = torch.tensor(list(ends), dtype=torch.long, device=self.ids.device)
 
-    def __call__(self, yt: Tensor, where: Tensor) -> Tensor:
-        """Return logits (M, V) for completions yt (B, L) at `where` (B, L), all in one block."""
+    def __call__(self, xt: Tensor, where: Tensor) -> Tensor:
+        """Return logits (M, V) for completions xt (B, L) at `where` (B, L), all in one block."""
         begin = int(where.any(0).int().argmax()) // self.block * self.block
-        running = before_the_end(yt, self.block, self.ends)[:, begin]  # (B,) not ended yet
+        running = before_the_end(xt, self.block, self.ends)[:, begin]  # (B,) not ended yet
         if running.all():
-            return self.compute(yt, where, running)
+            return self.compute(xt, where, running)
         V = self.model.config["vocab_size"]
-        logits = torch.full((int(where.sum()), V), -math.inf, device=yt.device)
+        logits = torch.full((int(where.sum()), V), -math.inf, device=xt.device)
         logits[:, self.ends[0]] = 0
         if running.any():
-            computed = self.compute(yt[running], where[running], running)
+            computed = self.compute(xt[running], where[running], running)
             logits[running[:, None].expand_as(where)[where]] = computed.float()
         return logits
 
-    def compute(self, yt: Tensor, where: Tensor, running: Tensor) -> Tensor:
+    def compute(self, xt: Tensor, where: Tensor, running: Tensor) -> Tensor:
         """Return the model's logits for the running completions only; ValueError if not finite."""
         mask = None if self.mask is None else self.mask[running]
-        logits = self.model(*model_inputs((self.ids[running], mask), yt, where))
+        logits = self.model(*model_inputs((self.ids[running], mask), xt, where))
         advice = "its weights may be damaged, so download or train it again"
         check(logits.isfinite().all(), f"the model's logits are not finite; {advice}")
         return logits
@@ -168,12 +168,12 @@ def generate(
     prompt_ids      (B, P) int64, padded on the left
     gen_length      the number of tokens in a completion
     block           the number of tokens in a block, a divisor of gen_length
-    steps           the number of network evaluations per completion, as many in each block
+    steps           network evaluations per completion, divided equally among the blocks
     temperature     0: the most probable token; 1: draws from the model
     attention_mask  (B, P): False or 0 where prompts are padded; None: no padding
     generator       the source of randomness, on the model's device; None: torch's own
     order           one of `dtm.ORDERS`
-    ban_mask        whether the mask token is never drawn; LLaDA's generate.py allows it
+    ban_mask        whether to forbid drawing the mask token; LLaDA's generate.py does not forbid it
     ends            end tokens: after the block with the first one, a completion is not decoded
                     further, and the rest is filled with ends[0]; LLaDA's generate.py has none
     """

@@ -31,7 +31,7 @@ class Ranks:
 
     rank, size   its number, and the number of processes
     device       the CPU, or the GPU that belongs to its local rank
-    dtype        of the base model and the teacher: bfloat16 on a GPU, float32 on a CPU
+    dtype        the type of the base model and the teacher: bfloat16 on a GPU, float32 on a CPU
     """
 
     def __init__(self):
@@ -64,7 +64,7 @@ class Ranks:
         torch.backends.cuda.enable_cudnn_sdp(False)
 
     def seed(self, seed: int, stream: int = 0) -> int:
-        """Return the seed of stream 0 or stream 1 of this rank's random numbers.
+        """Return this rank's seed: stream 0 is for masks and tokens, stream 1 for dropout.
 
         Runs whose seeds are below 500,000 share no stream, on any rank.
         """
@@ -87,8 +87,9 @@ class Ranks:
         """Replace every gradient by its mean over the ranks.
 
         The tensors are added one by one, which rounds them in the same way in each step. (PyTorch's
-        DistributedDataParallel fixes an order during the first step of a process. After a resume
-        that is a different step, so with three or more ranks the sums may round differently.)
+        DistributedDataParallel groups gradients in an order that it finds in a process's first
+        step. A resumed process finds it in another step, so that sums over three or more ranks may
+        round differently.)
         """
         if self.size > 1:
             for p in parameters:
@@ -129,7 +130,7 @@ class Ranks:
 
 
 def run_as_script(main: Callable[[], None]) -> None:
-    """Call main(); for bad input or a system error, print one line and exit with a code not 0."""
+    """Call main(); for bad input or a system error, print one line and exit with a nonzero code."""
     name = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
         with contextlib.suppress(AttributeError):  # a test's or a notebook's stream

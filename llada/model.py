@@ -4,7 +4,8 @@ LLaDA-8B is a Llama without the causal mask: every position attends to every oth
 logits at position t predict the token at position t. The tensors have the names of the published
 checkpoint, which are OLMo's: attn_out is Llama's output projection, ff_proj its gate projection,
 up_proj its up projection, and ff_out its down projection. The head over the vocabulary has the name
-ff_out, too, but it does not belong to a block.
+ff_out, too, but it does not belong to a layer. `Block` is OLMo's name of a layer; it has nothing to
+do with the blocks of tokens in which LLaDA decodes.
 
 The adapters of `llada.lora` are attached to the model: `model.adapters["student"]` holds one, and
 `model.use("student")` switches it on.
@@ -154,7 +155,7 @@ class LLaDA(nn.Module):
 
     config     the checkpoint's config.json
     adapters   the `LoRA` of each name; use(name) switches one on, and use(None) switches it off
-    recompute  whether the backward pass recomputes each block instead of keeping its activations
+    recompute  whether the backward pass recomputes each layer instead of keeping its activations
     """
 
     def __init__(self, config: dict):

@@ -400,7 +400,7 @@ PALETTE = ["#4477AA", "#66CCEE", "#228833", "#CCBB44", "#EE6677", "#AA3377", "#A
 
 
 def title_of(result: dict) -> str:
-    """Return the claim of the figure: which two methods end closest to the target."""
+    """Return the claim of the figure: which method ends closest to the target."""
     exact = [arm["name"] for arm in result["arms"] if arm["exact"]]
     ends = {
         name: mean(rows, "target_kl_reverse")
@@ -409,10 +409,10 @@ def title_of(result: dict) -> str:
     }
     if len(ends) < 2:
         return "These methods spend the same number of network evaluations"
-    first, second = sorted(ends, key=ends.get)[:2]
+    first = min(ends, key=ends.get)
     return (
-        f'"{first}" ({ends[first]:.3f} nats) and "{second}" ({ends[second]:.3f} nats)\n'
-        "end closest in KL(model || target) among the methods without exact likelihoods"
+        "In KL(model, target), no method without exact likelihoods ends closer to the target\n"
+        f'than "{first}": {ends[first]:.3f} nats'
     )
 
 
@@ -433,7 +433,7 @@ def draw(result: dict, path: Path) -> None:
             mean(methods[name], "target_kl_reverse"), place, "|", ms=14, mew=2.5, color=colour
         )
     dots.set_yticks(range(len(aimed)), aimed)
-    dots.set(xscale="log", xlabel="KL(model || target), nats; bars are means")
+    dots.set(xscale="log", xlabel="KL(model, target), nats; bars are means")
     dots.set_title("These methods aim at the target", fontsize=10)
     dots.xaxis.set_minor_formatter("")
     dots.invert_yaxis()

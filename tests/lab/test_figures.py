@@ -282,8 +282,8 @@ def test_control_variate_claims_what_its_numbers_say():
 def test_decoding_order_claims_what_its_numbers_say():
     result = shipped("decoding_order")
     assert decoding_order.title_of(result) == (
-        "Rollouts by low-confidence remasking end 2.2 nats from the target; "
-        "in random order they end 0.11 nats away"
+        "DTM on rollouts by low-confidence remasking ends 2.2 nats from the target;\n"
+        "in random order it ends 0.11 nats away"
     )
     rows = lab.by_arm(result)
     nearest = min(row["kl"] for row in rows["low-confidence remasking"])
@@ -295,8 +295,8 @@ def test_decoding_order_claims_what_its_numbers_say():
 def test_rivals_claims_what_its_numbers_say():
     result = shipped("rivals")
     assert compare.title_of(result) == (
-        '"c-DTM, closed loop" (0.088 nats) and "DMPO, u" (0.092 nats)\n'
-        "end closest in KL(model || target) among the methods without exact likelihoods"
+        "In KL(model, target), no method without exact likelihoods ends closer to the target\n"
+        'than "c-DTM, closed loop": 0.088 nats'
     )
     ends = {name: mean(rows, "kl_reverse") for name, rows in lab.by_arm(result).items()}
     nearest = sorted(ends, key=ends.get)[:4]

@@ -111,7 +111,7 @@ def test_the_main_figure_claims_what_the_shipped_numbers_say():
     result = json.loads((ROOT / "figures" / "data" / "main.json").read_text())
     arms = lab.by_arm(result)
     assert lab.title_of(result) == (
-        "Training on reward only keeps 1.9 of 5.0 shortest paths; "
+        "Training on reward only keeps 1.9 of the 5 shortest paths; "
         "annealing with a learned c keeps 4.8"
     )
     kept = {name: mean(rows, "modes") for name, rows in arms.items()}

@@ -95,7 +95,7 @@ def test_a_bad_setting_is_named(name):
 INPUT = {
     "--gen_length 20": "--gen_length 20 must be a positive multiple of --block 8",
     "--model /no/one": "--model '/no/one' is neither a folder nor a hub id",
-    "--h 50 --ess 0": "overflows",
+    "--h 50 --ess 0 --a_end 100": "overflows",
     "--data rows.jsonl": "rows.jsonl, line 2",
 }
 

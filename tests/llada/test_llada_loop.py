@@ -360,7 +360,7 @@ def mask_at(patch: pytest.MonkeyPatch, positions: tuple[int, ...]) -> None:
 
 def rollouts(x1: list[list[int]]) -> dict[str, Tensor]:
     r = torch.linspace(0, 0.5, len(x1)).double()
-    return {"row": torch.arange(len(x1)), "x1": torch.tensor(x1), "r": r, "solved": r}
+    return {"row": torch.arange(len(x1)), "x1": torch.tensor(x1), "r": r, "solved": r.clone()}
 
 
 def full_gradient(run: finetune.Run, positions: tuple[int, ...]) -> list[Tensor]:

@@ -70,7 +70,7 @@ STEPS = [
     ("SIGKILL evaluation 1", KILLED, None),
     ("SIGKILL step 2", KILLED, None),
     ("SIGKILL step 5", KILLED, 3),
-    ("SIGKILL evaluation 1", KILLED, 6),
+    ("SIGKILL evaluation 1", KILLED, 8),
     ("SIGKILL step 9", KILLED, 8),
     ("SIGKILL step 14", KILLED, 12),
 ]
@@ -184,7 +184,8 @@ def test_a_torn_file_names_itself_and_the_previous_checkpoint_resumes(
             damage(newest / file)
             message = complaint("--out", copied)
             assert f"{newest / file} " in message
-            assert f"delete {newest}, and the previous checkpoint is used" in message
+            assert f"the checkpoint {newest} cannot be read" in message
+            assert "delete this folder, and the previous checkpoint is used" in message
             shutil.copy(stopped / newest.name / file, newest / file)
     shutil.rmtree(newest)
     finetune.main(["--out", str(copied)])
