@@ -20,8 +20,9 @@ V, L, B         the size of the vocabulary, the length of a sequence, the size o
 x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
 xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number of the mask: V, or
                 a token below V that finished sequences never contain
-mask    (B, L)  True at the masked positions that enter the loss, k in one sequence and M in the
-                batch; after random masking these are all masked positions
+mask    (B, L)  True at the masked positions that enter the loss: k of them in one sequence, M in
+                the batch. With `mask_random` these are all masked positions, and with
+                `mask_blockwise` those of one block.
 r       (B,)    the reward r(x1) of each sequence
 rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
 h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
@@ -30,7 +31,8 @@ student         the model that is trained towards rho_{a+h}; its logits are call
 E_a             the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
 pi_a    (V,)    the posterior pi_a(v | xt, i), the probability of x1_i = v given xt if x1 was drawn
                 from rho_a; the teacher computes it as softmax(logits_a) at position i of xt
-pi_theta (V,)   the student's posterior, softmax(logits); rho_theta is what the student samples from
+pi_theta (V,)   the student's posterior, softmax(logits)
+rho_theta       the distribution of the sequences that the student writes in random order
 e       (V,)    the one-hot vector of the token x1_i, which the code never builds
 w, Z            the weight e^{h r(x1)} of a sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
 c               the coefficient of the control variate pi_a - e, a number or one per position; a
@@ -168,8 +170,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 
     Why normalize: the best c is about E_a[w], so that c = 1 is close to the best for normalized
     weights and a moderate h. A constant factor of the weights does not move the minimiser of the
-    loss. But mean(w) depends on the n samples that the loss is computed from, so in expectation
-    over these samples the minimiser is off by O(1/n).
+    loss. But mean(w) is computed from the same n samples as the loss and is not independent of
+    them. This moves the minimiser of the expected loss by O(1/n).
     """
     log_w = h * upcast(torch.as_tensor(r))  # (B,)
     check(log_w.isfinite().all(), "tilt_weight: h * r is not finite; check the rewards and h")
@@ -179,8 +181,8 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
         check(w.isfinite().all(), overflow)
         return w
     w = (log_w - log_w.max()).exp()
-    # This sum runs in the order of the batch. w.mean() rounds differently, and the numbers in the
-    # tables of this project were computed with this rounding.
+    # `scatter_reduce` adds in the order of the batch. w.mean() rounds differently, and the numbers
+    # in the tables of this project were computed with this rounding.
     one_group = torch.zeros_like(w, dtype=torch.long)
     return w / w.new_zeros(1).scatter_reduce(0, one_group, w, "mean", include_self=False)
 
@@ -298,9 +300,10 @@ def self_consistent_loss(
 
         T = pi_a + (w / c - 1)(e - sg pi_theta),    where sg stops the gradient              (D5)
 
-    Where its mean gradient is zero, E_a[w (e - pi_theta) | xt] = 0, so that pi_theta is (D2). c is
-    positive; the other arguments are those of `c_dtm_loss`. The gradient with respect to the logits
-    is, sample by sample, 1/c times that of `c_dtm_loss`.
+    Its mean gradient with respect to the logits is -(1/c) E_a[w (e - pi_theta) | xt], if the
+    teacher is consistent. Where this is zero, pi_theta is (D2). c is positive; the other arguments
+    are those of `c_dtm_loss`. The gradient with respect to the logits is, sample by sample, 1/c
+    times that of `c_dtm_loss`.
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
     to_teacher = c_dtm_loss(logits, logits_a, x1, w=1.0, c=1.0)  # T = pi_a
@@ -317,8 +320,8 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 
     Raise ValueError if a row has no such position.
 
-    Why the rows come first: with masks from `mask_random` and the loss -log pi_theta(x1_i), L times
-    the expectation of this mean is an upper bound on -log rho_theta(x1) (a row has k masks):
+    Why each row is averaged first: take masks from `mask_random`, k in a row, and the loss -log
+    pi_theta(x1_i). Then L times the expectation of this mean is an upper bound on -log rho_theta:
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
     """
     if loss.shape == mask.shape:
@@ -345,7 +348,7 @@ def control_variate_targets(
     The arguments are those of `c_dtm_loss`.
 
     Why: the gradient of (D3) with respect to the logits is g = w (pi_theta - e) + c (e - pi_a). Its
-    mean does not depend on c, so its variance is smallest where E|g|^2 is, and
+    mean does not depend on c, so the c that minimises E|g|^2 minimises the variance, too, and
         E|g|^2 = E[q (c - y)^2] + a term that does not depend on c.
     To learn c*(xt, i), first compute the loss of a batch with the present c, and only then update c
     to reduce the mean of q (c - y)^2 on that batch. With a consistent teacher a bad fit only adds
@@ -370,8 +373,8 @@ def best_scalar_c(
         c* = sum share^2 q y / sum share^2 q,    with q and y of (D7)                        (D8)
 
     "The gradient" is that of sum(share * loss) with respect to the logits; share, (...), is the
-    weight of each position in that sum, 1/k for `mean_over_masked`. The other arguments are those
-    of `c_dtm_loss`.
+    weight of each position in that sum, 1/(k B) for `mean_over_masked`. The other arguments are
+    those of `c_dtm_loss`.
 
     Use the c* of earlier batches: on its own batch, c* depends on e, which biases the gradient by
     O(1/batch).
@@ -435,8 +438,8 @@ def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[
 
 
 # ---- 6. Masking: from x1 to xt ------------------------------------------------------------------
-# The student should be trained on the states that it meets when it samples. Neither of the two
-# maskings looks at the values of the tokens, only at their positions.
+# The student should be trained on the states that it meets when it samples. Both maskings look
+# only at the positions of the tokens, not at their values.
 def mask_random(
     x1: Tensor, mask_id: int, generator: Generator | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -456,11 +459,12 @@ def mask_blockwise(
 ) -> tuple[Tensor, Tensor]:
     """Return xt and mask, each (B, L), for sampling by blocks from left to right.
 
-    Example: for C B D A in blocks of 2, k = 3 masks give C _ _ _ or _ B _ _. The first block is the
-    active one here, and only its mask is True in `mask`. In general the number k of masks is
-    uniform on 1, ..., L in each row. The last (k - 1) // block blocks are masked completely. The
-    block before them is the active one, and (k - 1) % block + 1 random positions of it are masked.
-
+    The active block is the one that is being filled: blocks before it are known, and blocks after
+    it are masked. Example: for C B D A in blocks of 2, k = 3 masks give C _ _ _ or _ B _ _. The
+    first block is the active one here, and only its mask is True in `mask`. In general the number k
+    of masks is uniform on 1, ..., L in each row. The last (k - 1) // block blocks are masked
+    completely. The block before them is the active one, and (k - 1) % block + 1 random positions of
+    it are masked.
     Raise ValueError if the length `block` does not divide L, or x1 contains mask_id already.
     Source: lightning_module.py in the authors' code (commit 901c244).
     """
@@ -489,13 +493,14 @@ def ranks(score: Tensor) -> Tensor:
 # ---- 7. Sampling: from xt to x1 -----------------------------------------------------------------
 # Sampling fills the masks of xt, a few at a time. The order says which ones are next:
 #   random          Positions are chosen at random. With one token per step and temperature 1 this
-#                   draws exactly from rho_theta. The loss assumes that x1 was drawn in this way.
+#                   draws exactly from rho_theta. The loss assumes that x1 is a draw from the
+#                   distribution whose posteriors the teacher computes.
 #   top_prob        The position whose most probable token has the highest probability is next, and
 #                   a token is drawn there. The choice depends on xt alone, so by the chain rule of
 #                   probability this, too, draws from rho_theta if the model is consistent.
 #   low_confidence  Tokens are drawn at all masks, and the one with the highest probability stays.
 #                   This is LLaDA's low-confidence remasking. The choice depends on the drawn
-#                   tokens, which favours probable ones, so the result is not a draw from rho_theta.
+#                   tokens. This favours probable ones: the result is not a draw from rho_theta.
 @torch.no_grad()
 def sample(
     model: Callable,
@@ -557,10 +562,11 @@ def sample(
 def draw(logits: Tensor, temperature: float, generator: Generator | None) -> tuple[Tensor, Tensor]:
     """Return the largest noisy logits, (M,), and the tokens that have them, (M,).
 
-    The argmax of logits plus Gumbel noise is a draw from softmax(logits / temperature). This
-    noise is -log(-log u), where u is uniform on (0, 1) and -log u exponential. It is never computed
-    in bfloat16: there u is at most 1 - 2^-8, and the noise at most 5.54. The usual maximum of the
-    noise over V = 126,464 tokens is 11.7, so that rare tokens would never be drawn.
+    The argmax of logits / temperature plus Gumbel noise is a draw from softmax(logits /
+    temperature). This noise is -log(-log u), where u is uniform on (0, 1) and -log u exponential.
+    It is never computed in bfloat16: there u is at most 1 - 2^-8, and the noise at most 5.54. The
+    usual maximum of the noise over V = 126,464 tokens is 11.7, so that rare tokens would never be
+    drawn.
     """
     if temperature > 0:
         logits = upcast(logits) / temperature
@@ -608,11 +614,12 @@ def exact_marginal(
 ) -> Tensor:
     """Return rho_theta (V**L,), float64, the distribution of `sample`; it is differentiable.
 
-    Let reach(s) be the probability that the sampler visits the state s. It visits the state with L
-    masks, and it reaches any other state s from a state xt that has one mask more, at i:
-        reach(s) = sum over the known positions i of s: reach(xt) pi_theta(s_i | xt, i) / k   (D11)
-    where xt is s with position i masked, and k is the number of masks of xt. This is computed for
-    all states with L masks, then with L - 1, and so on down to the finished sequences.
+    Let reach(s) be the probability that the sampler visits the state s; it starts in the state with
+    L masks. Any other state s is reached by filling in one of its known positions i last. The state
+    before, xt, is s with position i masked, and has k masks. So
+        reach(s) = sum_i reach(xt) pi_theta(s_i | xt, i) / k                                 (D11)
+    This is computed for all states with L masks, then with L - 1, and so on down to the finished
+    sequences.
 
     choose  another decoding order: it takes the posteriors at the k masks, (n, k, V), and returns
             the probability that a mask is next and becomes v, (n, k, V); None: the random order
@@ -660,7 +667,7 @@ def exact_posterior(rho: Tensor, xt: Tensor) -> Tensor:
     not V**L for any V.
 
     How: P(x1_i = v | xt) = P(xt with x_i = v) / P(xt). To tabulate P(xt) for every state, the sum
-    over each axis of rho is appended to this axis as its entry V, which means that it is masked.
+    over each axis of rho is appended to it as entry V. Index V thus means a masked position.
     """
     L = xt.shape[1]
     V = round(len(rho) ** (1 / L))
@@ -689,9 +696,10 @@ def regret_bound(
     (D3), in expectation over x1 ~ rho_a and `mask_random`. The posteriors of rho_{a+h} attain the
     least loss. As E_a[T | xt] = Z(xt) pi_{a+h}, the right side is
         E[(L/k) sum_{i masked} KL(pi_{a+h}(.|xt,i) || pi_theta(.|xt,i))]                     (D12)
-    with the expectation over x1 ~ rho_{a+h} and `mask_random`. The difference between the sides is
-    that between the sides of (D6), averaged over x1. They are equal if the student gives a sequence
-    the same probability in every order of sampling. Raise ValueError if a side is not finite.
+    with the expectation over x1 ~ rho_{a+h} and `mask_random`: the factor Z(xt) / Z turns the mean
+    under rho_a into this one. The right side exceeds the left one by the
+    gap in (D6), averaged over x1. They are equal if the student gives a sequence the same
+    probability in every order of sampling. Raise ValueError if a side is not finite.
     """
     L = round(math.log(len(rho), V))
     rho_h = exact_tilt(rho, r, h)
@@ -799,7 +807,7 @@ class Enumeration:
         self.batch = (logits_a, x1.expand(len(self.states), -1, L), w_all)
 
     def values_of_c(self) -> dict[str, Tensor]:
-        """Return numbers, (D8) and (D7), each as a c for all states and positions, (S, L)."""
+        """Return four numbers, the c of (D8) and that of (D7), each for all states, (S, L)."""
         y, q = control_variate_targets(self.batch[0], *self.batch)  # (S, N, L) each
         q = q * self.joint[..., None] * self.share[:, None] ** 2
         values = {"0": 0, "0.5": 0.5, "1": 1, "2": 2, "best scalar c": (q * y).sum() / q.sum()}
@@ -858,7 +866,8 @@ def print_all_states() -> None:
     print(
         f"2. A tilt h = {h:g} on {V}^{L} sequences: gradient at theta = teacher; KL after 60 steps"
     )
-    print("            c | mean moved by | variance | KL(rho_h || rho_theta) <= regret / Z")
+    print("Column 2 is the largest change of the mean gradient against c = 0.")
+    print("            c | mean change | variance | KL(rho_{a+h} || rho_theta) <= regret / Z")
     first = None
     for name, c in tilt.values_of_c().items():
         mean, variance = tilt.gradient(c)
@@ -866,7 +875,7 @@ def print_all_states() -> None:
         moved = (mean - first).abs().max()
         runs = [regret_bound(tilt.train(c, seed), tilt.rho, tilt.r, h, V) for seed in range(5)]
         kl, bound = torch.tensor(runs).mean(0)
-        print(f"{name:>13} | {moved:13.0e} | {variance:8.4f} | {kl:22.5f} <= {bound:.5f}")
+        print(f"{name:>13} | {moved:11.0e} | {variance:8.4f} | {kl:26.5f} <= {bound:.5f}")
     bias = [f"{tilt.bias(c):.0e} at c = {c}" for c in (0, 0.5, 1)]
     print(f"Inconsistent teacher, raw w: the minimiser is off the tilt by {', '.join(bias)} nats.")
 
