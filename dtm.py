@@ -15,19 +15,20 @@ of rho_0: it prefers a high reward, and it does not change the relative probabil
 with equal reward. DTM never computes the probability of a whole sequence, which would be a sum over
 L! orders.
 
-GLOSSARY
+GLOSSARY. The equations (D1) to (D12) stand beside the functions below; (D10) is in
+figures/rivals/objectives.py.
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
+teacher         a frozen model that draws sequences x1 from rho_a; its logits are called logits_a
+student         the model that is trained towards rho_{a+h}; its logits are called logits
 x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
-xt      (B, L)  states: x1 with some tokens replaced by mask_id, the number of the mask: V, or
-                a token below V that finished sequences never contain
+xt      (B, L)  states: x1 with some tokens replaced by the mask token, whose number mask_id is V or
+                an unused number below V
 mask    (B, L)  True at the masked positions that enter the loss: k of them in one sequence, M in
                 the batch. With `mask_random` these are all masked positions, and with
                 `mask_blockwise` those of one block.
 r       (B,)    the reward r(x1) of each sequence
 rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
 h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
-teacher         a frozen model that draws x1 from rho_a; its logits are called logits_a
-student         the model that is trained towards rho_{a+h}; its logits are called logits
 E_a             the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
 pi_a    (V,)    the posterior pi_a(v | xt, i), the probability of x1_i = v given xt if x1 was drawn
                 from rho_a; the teacher computes it as softmax(logits_a) at position i of xt
@@ -35,12 +36,12 @@ pi_theta (V,)   the student's posterior, softmax(logits)
 rho_theta       the distribution of the sequences that the student writes in random order
 e       (V,)    the one-hot vector of the token x1_i, which the code never builds
 w, Z            the weight e^{h r(x1)} of a sequence; its mean Z = E_a[w]; Z(xt) = E_a[w | xt]
-c               the coefficient of the control variate pi_a - e, a number or one per position; a
+c               the coefficient of the control variate pi_a - e: one number, or one per position; a
                 control variate is a term with mean zero that is added to reduce the variance
-T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e                (D3)
+T       (V,)    the target of the loss, w e + c (pi_a - e) = c pi_a + (w - c) e
+loss            at a position, - sum_v T(v) log pi_theta(v)                                    (D3)
 
-The equations are numbered (D1) to (D12) here; (D10) is in figures/rivals/objectives.py. Prop. 3.3
-is numbered as in the paper. "Ours" marks what we added to the paper's method. The method with a
+"Prop. 3.3" cites the paper. "Ours" marks what we added to the paper's method. The method with a
 control variate is called c-DTM.
 
 THE ALGORITHM, which `tilt_matching` runs below
@@ -66,7 +67,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Generator, Tensor, nn
 
-ORDERS = ("random", "top_prob", "low_confidence")  # the decoding orders of `sample`
+# The decoding orders of `sample`: at random positions; where the model is most certain first; or
+# LLaDA's, which draws a token everywhere and keeps the most probable ones.
+ORDERS = ("random", "top_prob", "low_confidence")
 
 
 def check(ok: bool | Tensor, message: str) -> None:

@@ -15,12 +15,12 @@ CONTENTS   1 settings   2 the loop   3 the rollout buffer   4 the control variat
 The loop uses the package `llada/`: model, adapters, decoding, tasks, answer checking, checkpoints
 and processes. A task is one class; see `llada/tasks.py`.
 
-GLOSSARY. The head of `dtm.py` explains teacher, student, tilt, phase and control variate, and its
-symbols and equations (D1), (D2), ... are used here.
+GLOSSARY. The head of `dtm.py` explains teacher, student, tilt, phase and control variate. Its
+symbols are used here, and (D1), (D2), ... are the equations in it.
 x1, xt              finished completions, and the same partly masked
 rollout             a completion that the teacher has drawn, with its reward
-block               --block consecutive tokens; a completion is decoded in blocks, left to right,
-                    and ends with the block that holds its first end token (unless --past_end)
+block               as many consecutive tokens as --block says; blocks are decoded from left to
+                    right, and the one with the first end token is the last (unless --past_end)
 active block        the block that is being decoded, or that `mask_blockwise` picks for training:
                     earlier ones are complete, later ones masked
 trained positions   the masked positions of the active block; a block after the end has none
@@ -93,7 +93,8 @@ def option(default, text: str):
 @dataclass
 class Config:
     """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku, but
-    their runs correspond to --lora paper and --past_end. Each task has a `preset` of changes."""
+    they adapted four projections (--lora paper) and decoded past an end token (--past_end). Each
+    task has a `preset` of changes."""
 
     task: str = option(
         "sudoku", f"{', '.join(TASKS)}, or the name of your own class, in lower case"
@@ -104,17 +105,15 @@ class Config:
     data: str = option("", "training rows: FILE.jsonl or FILE.csv; a tenth is held out to validate")
     test_data: str = option("", "test rows: FILE.jsonl or FILE.csv")
     # the tilt
-    h: float = option(
-        5.0, "increment of the tilt in each phase; with --ess the largest one allowed"
-    )
+    h: float = option(5.0, "increment of the tilt in each phase; with --ess its upper limit")
     a_end: float = option(100.0, "tilt at which the run ends")
     ess: float = option(
         0.0,
-        "choose h so that the weights keep this effective sample size, a share below 1; 0: fixed h",
+        "choose h by this effective sample size of the weights, a share below 1; 0: fixed h",
     )
     c: str = option(
         "1",
-        "coefficient of the control variate: a number; best, a fitted number; learned, c(xt, i)",
+        "coefficient of the control variate: a number; best: a fitted one; learned: per position",
     )
     normalize: str = option(
         "none",
@@ -124,7 +123,7 @@ class Config:
     # the rollout buffer of a rank
     prompts: int = option(80, "prompts in each rank's buffer")
     completions: int = option(1, "completions per prompt")
-    refresh: int = option(20, "prompts that each rank renews at a time; 0: none")
+    refresh: int = option(20, "prompts that each rank replaces by new ones at a time; 0: none")
     refresh_steps: int = option(32, "optimizer steps between two renewals; 0: none")
     # decoding
     chunk: int = option(16, "completions that a rank decodes at once; fewer need less memory")
@@ -217,7 +216,8 @@ def check_settings(cfg: Config) -> None:
     advice = "set --temperature 1"
     check(not alike, f"--normalize group at temperature 0 compares equal completions; {advice}")
     check(cfg.lr_min <= cfg.lr, f"--lr_min {cfg.lr_min} exceeds --lr {cfg.lr}; lower it, too")
-    if cfg.normalize == "none":  # an overflow is refused before the first rollout
+    # `tilt_weight` raises ValueError if e^{h r} overflows at the task's largest reward, `top`.
+    if cfg.normalize == "none":
         tilt_weight(torch.tensor([TASKS[cfg.task].top]), min(cfg.h, cfg.a_end))
 
 
@@ -284,8 +284,8 @@ def fill_buffer(run: "Run", prompts: int) -> None:
 
 
 def choose_h(rewards: Tensor, a: float, cfg: Config) -> float:
-    """Return h for this phase: cfg.h, or the value of (D9) with --ess. The last phase is shortened
-    so that it ends at a_end."""
+    """Return h for this phase: cfg.h, or with --ess the largest h <= cfg.h whose weights keep this
+    effective sample size (D9). The last phase is shortened so that it ends at a_end."""
     h = dtm.next_h(rewards, cfg.ess, cfg.h) if cfg.ess else cfg.h
     stuck = f"h = {h:g} at a = {a:g} does not lead to --a_end {cfg.a_end:g}; lower --ess"
     check(h > 1e-9 * cfg.a_end, stuck)
@@ -372,8 +372,8 @@ class MicroBatch:
 class Buffer:
     """The rollouts of one rank.
 
-    data     row (N,): indices of the training rows; x1 (N, L): completions, on the device; rewards
-             r (N,) and solved (N,), float64; the oldest rollouts come first
+    data     row (N,): indices of the training rows; x1 (N, L): completions, on the device; r (N,):
+             rewards, and solved (N,): 1 for right ones, float64; the oldest rollouts come first
     pending  rollouts in progress, with the same keys, and done (1,), the number of finished ones
     cursor   how many prompts have been taken from this rank's list, skipped ones included
     skipped  how many of them were too long
@@ -429,7 +429,7 @@ class Buffer:
             self.pending = {"row": torch.tensor(rows), "x1": x1.to(self.ranks.device), "done": done}
             self.pending |= {"r": zeros, "solved": zeros.clone()}
         rows = self.pending["row"].tolist()
-        # `by_length` sorts the rollouts into a single batch; --chunk of them are decoded at once.
+        # Sort all rollouts by prompt length; below, --chunk of them at a time are decoded.
         [order] = by_length([self.prompt(row) for row in rows], size=len(rows))
         quiet = self.ranks.rank > 0
         with tqdm(total=len(rows), desc="rollouts", disable=quiet, leave=False) as progress:
@@ -451,7 +451,7 @@ class Buffer:
             cfg=self.cfg,
             tokenizer=self.tokenizer,
             generator=self.generator,
-            ban_mask=True,
+            ban_mask=True,  # a rollout must not contain a mask; `evaluate` decodes like LLaDA
         )
         self.pending["x1"][batch] = x1
         for i, row, ids in zip(batch, rows, x1.tolist(), strict=True):
@@ -539,17 +539,19 @@ def complete(
 class ControlVariate:
     """The coefficient c of (D3) at the trained positions: a number, the best scalar, or learned.
 
-    "best" is the scalar c of (D8); "learned" is a ridge regression of c(xt, i), (D7), on 64 fixed
-    random projections of the teacher's last hidden state and a constant. (`maze_lab.py` learns c
-    with a small network instead.) Both are least-squares fits of `dtm.control_variate_targets` over
-    past steps, older ones counting less. A step's c comes from earlier steps. The gradient would be
-    unbiased if every step drew new rollouts. Here rollouts are used again, and the few features
-    keep the bias small; more features would fit the rewards of one buffer.
+    "best" is the one number that minimises the variance of the gradient (D8). "learned" does the
+    same for each position (D7): it is a ridge regression on 64 fixed random projections of the
+    teacher's last hidden state and a constant. (`maze_lab.py` learns c with a small network
+    instead.) Both are least-squares fits, over past steps with older ones counting less, to the
+    targets of `dtm.control_variate_targets`: y, the best c at a position, and its weight q. A
+    step's c comes from earlier steps. With new rollouts in every step the gradient would be
+    unbiased. Here rollouts are used again, so c has seen their rewards; the bias is small, because
+    64 features cannot memorise the rewards of one buffer.
     """
 
     FEATURES = 64
     MEMORY = 0.95  # each step multiplies the equations of earlier steps by it
-    RIDGE = 1e-3  # in units of the mean diagonal of the normal equations
+    RIDGE = 1e-3  # the penalty, as a multiple of the mean of G's diagonal
 
     def __init__(self, kind: str, width: int, device: torch.device):
         self.fitted = kind in ("best", "learned")
@@ -783,7 +785,7 @@ def open_run(given: dict, ranks: Ranks) -> Run:
     advice = "restore it, or start another run with another --out"
     check(same, f"the training rows (--data) have changed since {out} was started; {advice}")
     run = build_run(cfg, ranks, rows, valid)
-    ranks.barrier()  # every rank has looked for the file
+    ranks.barrier()  # until every rank has looked for the file, rank 0 must not write it
     if saved is None and ranks.rank == 0:
         write_file(file, asdict(cfg) | {"hashes": hashes})
     resume(run)
@@ -942,7 +944,7 @@ def evaluate(
 def share_and_error(key: str, pairs: list[tuple[float, int]]) -> dict[str, float]:
     """Return the share sum(part) / sum(whole) under `key`, and its standard error under key_se.
 
-    The error is that of a ratio of means over rows, because the cells of a row are not independent.
+    The cells of a row are not independent, so the error is that of a ratio of means over rows.
     """
     part, whole = torch.tensor(pairs).double().unbind(1)
     share = part.sum() / whole.sum()
@@ -974,8 +976,8 @@ def make_parser() -> argparse.ArgumentParser:
     eval_flags.add_argument(
         "--adapter", type=Path, help="PEFT folder, such as RUN/best; none: base"
     )
-    text = "lengths of completions in tokens (default: the run's, and twice that); --steps belongs "
-    text += "to the run's length and grows in proportion"
+    text = "lengths of completions in tokens (default: the run's, and twice that); --steps is "
+    text += "meant for the run's length and is scaled for others"
     eval_flags.add_argument("--lengths", type=int, nargs="+", metavar="L", help=text)
     add_settings(eval_flags, only=("task", "model", "out", "test_data", "chunk", "block", "steps"))
     merge_flags = add_action("merge", "Write the base model with an adapter merged into it.")
@@ -990,7 +992,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_settings(parser: argparse.ArgumentParser, only=(), without=(), defaults=None) -> None:
-    """Add a flag per setting. -h shows `defaults[name]` if a script gives it, else each task's."""
+    """Add a flag per setting; -h shows `defaults[name]` if the caller gives it, or the tasks'."""
     for f in fields(Config):
         if f.name in without or (only and f.name not in only):
             continue
@@ -1045,7 +1047,10 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
         model.adapters["tuned"] = lora.to(ranks.device, ranks.dtype)
         model.use("tuned")
     if TASKS[cfg.task].generated and not cfg.test_data:
-        say(ranks, "these test rows were generated here; no published table compares with them")
+        say(
+            ranks,
+            "these test rows were generated here, so the scores compare with no published table",
+        )
     name, table = str(adapter) if adapter else None, {}
     for length in lengths:
         path = Path(cfg.out, f"eval-{length}.jsonl")
@@ -1054,7 +1059,7 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
         if scores:
             table[length] = scores
             say(ranks, f"{cfg.task}, {length} tokens: {show(scores)}")
-            found = {"model": cfg.model, "adapter": name, "lengths": table}
+            found = {"task": cfg.task, "model": cfg.model, "adapter": name, "lengths": table}
             write_file(Path(cfg.out, "eval.json"), found)
 
 

@@ -5,9 +5,9 @@ to right, with a fixed number of network evaluations per block. Each of these fi
 block's masked positions. `dtm.sample` does that; this file puts a prompt before the completion, and
 stops where a completion has ended.
 
-Source: ML-GSAI/LLaDA generate.py (b7e6c35). This file differs from it in three points:
-probabilities and noise are float32, the head is computed at masked positions only, and a mask token
-inside a prompt stays as it is.
+Source: ML-GSAI/LLaDA generate.py (b7e6c35). With the defaults of `generate` this differs from it in
+three points: probabilities and noise are float32, the head is computed at masked positions only,
+and a mask token inside a prompt stays as it is.
 """
 
 import itertools
@@ -99,13 +99,15 @@ def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
     them, because blocks are decoded from left to right. So they are neither decoded nor trained.
     """
     has_end = torch.isin(x1, ends).unflatten(1, (-1, block)).any(2).int()  # (B, blocks)
-    earlier = has_end.cumsum(1) - has_end  # blocks with an end token to the left of each
+    earlier = (
+        has_end.cumsum(1) - has_end
+    )  # for each block: the blocks on its left with an end token
     return (earlier == 0).repeat_interleave(block, 1)
 
 
 # ---- 2. The sampler -----------------------------------------------------------------------------
 class PromptedModel:
-    """A model behind fixed prompts, as `dtm.sample` calls it: completions in, logits out.
+    """Puts prompts before the completions of `dtm.sample`; returns logits of completions only.
 
     A completion with an end token in an earlier block is not computed any more. Its masked
     positions receive the first of `ends`.
@@ -117,7 +119,7 @@ class PromptedModel:
         self.ends = torch.tensor(list(ends), dtype=torch.long, device=self.ids.device)
 
     def __call__(self, xt: Tensor, where: Tensor) -> Tensor:
-        """Return logits (M, V) for completions xt (B, L) at `where` (B, L), all in one block."""
+        """Return logits (M, V) for xt (B, L) where `where` (B, L) is True, all in one block."""
         begin = int(where.any(0).int().argmax()) // self.block * self.block
         running = before_the_end(xt, self.block, self.ends)[:, begin]  # (B,) not ended yet
         if running.all():
@@ -196,6 +198,6 @@ def generate(
 
 
 def by_length(prompts: Sequence[list[int]], size: int) -> list[list[int]]:
-    """Return batches of up to `size` indices, sorted by prompt length to need little padding."""
+    """Return batches of up to `size` indices, sorted by prompt length to save padding."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[i : i + size] for i in range(0, len(order), size)]

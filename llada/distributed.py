@@ -87,9 +87,9 @@ class Ranks:
         """Replace every gradient by its mean over the ranks.
 
         The tensors are added one by one, which rounds them in the same way in each step. (PyTorch's
-        DistributedDataParallel groups gradients in an order that it finds in a process's first
-        step. A resumed process finds it in another step, so that sums over three or more ranks may
-        round differently.)
+        DistributedDataParallel groups gradients in the first step after a process starts. In a
+        resumed process this is another step of the run, and the grouping may differ; sums over
+        three or more ranks then round differently.)
         """
         if self.size > 1:
             for p in parameters:
@@ -133,17 +133,15 @@ def run_as_script(main: Callable[[], None]) -> None:
     """Call main(); for bad input or a system error, print one line and exit with a nonzero code."""
     name = Path(sys.argv[0]).stem
     for stream in (sys.stdout, sys.stderr):  # a path may hold what the terminal cannot show
-        with contextlib.suppress(AttributeError):  # a test's or a notebook's stream
+        with contextlib.suppress(AttributeError):  # the streams of tests and notebooks lack it
             stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():  # only now: after an error this would wait for busy ranks
             dist.destroy_process_group()
     except torch.OutOfMemoryError as error:
-        advice = (
-            "repeat the command with --recompute, and in rollouts and evaluations with a smaller"
-        )
-        advice += " --chunk; or take a smaller --batch with a larger --accum and another --out"
+        advice = "in training add --recompute, in rollouts and evaluations lower --chunk; or start "
+        advice += "another run with a smaller --batch, a larger --accum and another --out"
         sys.exit(f"{name}: out of GPU memory: {advice} ({str(error)[:90]})")
     except (ValueError, OSError) as error:
         sys.exit(f"{name}: {error}")

@@ -114,7 +114,8 @@ class LoRA(nn.Module):
         """Return the frozen adapter of a PEFT folder, for a base model with this config.json.
 
         Raises ValueError if a file is missing or damaged, if the adapter does not fit the base
-        model, or if it is a variant of LoRA, which would load and compute something else here.
+        model, or if it is a variant of LoRA, which would load without an error and compute
+        something else.
         """
         file = Path(folder) / "adapter_config.json"
         saved = read_json(file)

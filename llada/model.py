@@ -10,9 +10,9 @@ do with the blocks of tokens in which LLaDA decodes.
 The adapters of `llada.lora` are attached to the model: `model.adapters["student"]` holds one, and
 `model.use("student")` switches it on.
 
-Source: the model code that GSAI-ML published with LLaDA-8B-Instruct. No position attends to padding
-that an attention mask marks. The published code has done the same since October 2025; before that
-it ignored the mask.
+Source: the model code that GSAI-ML published with LLaDA-8B-Instruct. Padding, as marked by an
+attention mask, is never attended to. The published code has done the same since October 2025;
+before that it ignored the mask.
 """
 
 import functools
@@ -146,7 +146,7 @@ class Block(nn.Module):
         return add_low_rank(u, y, *lora[name]) if name in lora else y
 
     def split(self, u: Tensor) -> Tensor:
-        """Return u (B, T, heads d) in the shape (B, heads, T, d)."""
+        """Return u (B, T, heads k) as (B, heads, T, k), where k is the width of a head."""
         return u.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
 
