@@ -118,7 +118,7 @@ def test_a_fault_in_training_is_one_line(base, tmp_path, monkeypatch):
     full = MagicMock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB"))
     monkeypatch.setattr(dtm, "sample", full)
     message = complaint(*words)
-    assert "repeat the command with --recompute" in message
+    assert "in training add --recompute" in message
     assert "take a smaller --batch with a larger --accum and another --out" in message
 
 
@@ -151,7 +151,7 @@ def test_eval_scores_an_adapter_on_its_own_base(run, base, tmp_path, capsys):
     """It finds the task, the base model and the length in the folder of the run."""
     task = TASKS["uneven"]
     finetune.main(["eval", "--adapter", str(run / "best"), "--out", str(tmp_path)])
-    assert "no published table compares" in capsys.readouterr().out
+    assert "compare with no published table" in capsys.readouterr().out
     assert finetune.settings_near(run / "best", {"task": "sudoku"}) == {}
     reference = tuned(base, tmp_path)
     reference.model.adapters["teacher"] = LoRA.load(run / "best", SIZE)
