@@ -119,7 +119,7 @@ def test_a_fault_in_training_is_one_line(base, tmp_path, monkeypatch):
     monkeypatch.setattr(dtm, "sample", full)
     message = complaint(*words)
     assert "in training add --recompute" in message
-    assert "take a smaller --batch with a larger --accum and another --out" in message
+    assert "another run with a smaller --batch, a larger --accum and another --out" in message
 
 
 FOREIGN = ["eval --lr 1", "eval --c 1", "merge OUT --adapter A --task sudoku", "train --adapter A"]
