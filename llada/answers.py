@@ -6,9 +6,9 @@ evaluation is lenient and reads what `final_answer` returns. `answers_match` com
 the right one, which is called gold.
 
 The comparison is done by math-verify, a package that decides whether two mathematical answers are
-equal. It runs in a process of its own, because only a process can be stopped: an answer like
-9^9^9^9 counts as wrong after three seconds. This file imports neither torch nor the rest of the
-project, so the process starts fast.
+equal. For an answer like 9^9^9^9 it would never finish. So it runs in a process of its own, which
+can be stopped, unlike a thread; after three seconds the answer counts as wrong. The process runs
+this file. It imports neither torch nor the rest of the project, so that it starts fast.
 
 What math-verify 0.9 gets wrong is not repaired here. It accepts 1/3^41 for 1/3^40, because it
 compares numbers to 15 decimal places; 10 km for 10 m, because it drops units; 101_3 for 101_2,
@@ -29,7 +29,7 @@ import sys
 import threading
 import time
 
-LONGEST_ANSWER = 300  # A text between the tags with more characters is reasoning, not an answer.
+LONGEST_ANSWER = 300  # characters; a longer text between the tags is reasoning
 LONGEST_TEXT = 50_000  # characters at the end of a text, where its answer is looked for
 SECONDS_PER_QUESTION = 3  # wall-clock time
 START_SECONDS = 300  # for importing math-verify, which is slow from a network disk
@@ -42,7 +42,7 @@ class MathVerifyError(ValueError):
 
 # ---- Finding the answer --------------------------------------------------------------------------
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-REST_OF_LINE = re.compile(r"[^\n$<>]*")  # after a box that is never closed
+REST_OF_LINE = re.compile(r"[^\n$<>]*")  # the content of a box that is never closed
 # Boxes with this between them are one answer: \boxed{3} and \boxed{5}.
 BETWEEN_BOXES = r"[\s$]*(?:,|,?\s*(?:\\text\s*\{\s*)?(?:and|or)\s*\}?)[\s$]*"
 # This announces an answer: GSM8K's "####", "The answer is" or "**Answer:**".
@@ -100,7 +100,8 @@ def last_tagged(text: str) -> str | None:
 def extract(text: str, box_anywhere: bool = False) -> str | None:
     """Return the answer that a reward reads, or None.
 
-    It is the last box inside the last closed <answer>, or all its content if it has no box.
+    The answer is the last box inside the last closed <answer>. If that has no box, it is all of its
+    content.
 
     box_anywhere   without a closed <answer>, return the last box of the text (GSM8K and MATH)
     """
@@ -149,7 +150,7 @@ def final_answer(text: str) -> str | None:
     inside = last_tagged(text) or ""
     short = inside if len(inside) <= LONGEST_ANSWER else ""
     box = last_box(inside, accept_open=True) or short or last_box(text, accept_open=True)
-    return box or after_marker(text) or None
+    return box or after_marker(text.replace(f"<answer>{inside}", "") if inside else text) or None
 
 
 # ---- Comparing answers ---------------------------------------------------------------------------
@@ -161,10 +162,11 @@ NOT_A_UNIT = (
     "|million|billion|pi|sqrt|sin|cos|tan|log|ln"
 )
 UNIT_IN_TEXT = r"\\text\s*\{[^{}]*\}"  # \text{ cm}
-UNIT_IN_WORDS = rf"(?!(?:{NOT_A_UNIT})\b)[a-zA-Z]{{2,}}[a-zA-Z/.\s]*"  # sq. ft.
+# sq. ft. (The last condition leaves one way to match, or else the time could be exponential.)
+UNIT_IN_WORDS = rf"(?!(?:{NOT_A_UNIT})\b)[a-zA-Z]{{2,}}[a-zA-Z/.\s]*(?![a-zA-Z/.\s])"
 POWER_OF_A_UNIT = r"\^\{?[23]\}?"  # ^2 or ^{3}
 UNIT = rf"(?:{UNIT_IN_TEXT}|{UNIT_IN_WORDS})(?:{POWER_OF_A_UNIT})?"
-RAISED = r"\^\{?(?:\\(?:text|mathrm))?\s*\{?"  # the part of 12^{\text{th}} before "th"
+RAISED = r"\^\{?(?:\\(?:text|mathrm))?\s*\{?"  # in 12^{\text{th}}, what is between "12" and "th"
 ORDINAL = rf"(?:(?<=\d)|{RAISED})(?:st|nd|rd|th)\}}*$"
 # Unicode signs become LaTeX.
 LATEX = str.maketrans(
@@ -186,7 +188,10 @@ LATEX = str.maketrans(
 CLEANING = [
     (rf"(?s)^.*{ANNOUNCEMENT}", ""),  # The answer is 5
     (r"(?<!\\)\\[()\[\]]", "$"),  # \(5\)
-    (r"^[^$]*\$+\s*([^$]+?)\s*\$+(?!\s*\d)[^$]*$", r"\1"),  # Hence $x = 5$ is the smallest
+    (
+        r"^[^$]*\$+\s*([^$]+?)\s*\$+(?!\s*\d)[^$]*$",
+        r"\1",
+    ),  # Hence $x = 5$ is the smallest; but not $5 and $6
     (r"^[*\s]+|[*\s.\\]+$", ""),  # **5**.
     (r"\\(?:boldsymbol|bm|pmb|underline|math(?:bf|it|sf|tt)|bf)(?![a-z])", ""),  # \mathbf{5}
     (r"\\(?:emph|text(?:bf|it|tt|rm|normal|superscript))(?![a-z])", r"\\text"),  # \textbf{even}
@@ -195,7 +200,7 @@ CLEANING = [
     (r"(?<!\\)\\[,;: ]|~", " "),  # 5\,\text{cm}
     (ORDINAL, ""),  # 12th or 12^{\text{th}}
     (r"(\d)[eE]([+-]?\d+)", r"\1 \\times 10^{\2}"),  # 1.2e-5
-    (r"^0,(?=\d)", "0, "),  # 0,245 (a list of two numbers)
+    (r"^0,(?=\d)", "0, "),  # 0,245 is a list: no number with a thousands comma starts with 0
     (r"^(-?\d+) +(\d+)/(\d+)(?!\d)", r"\1\\frac{\2}{\3}"),  # 1 1/2
     # \sqrt\frac23, \sqrt(2), or the "\sqrt 12" that LATEX made of √12
     (rf"\\sqrt\s*(?:({FRACTION})|\(([^()]*)\)|(?<= )(\d+))", r"\\sqrt{\1\2\3}"),
@@ -213,7 +218,7 @@ def clean(text: str) -> str:
 
 
 def is_equal(gold: str, answer: str) -> bool:
-    """Return whether math-verify finds two answers equal. Only the worker's process calls this."""
+    """Return whether math-verify finds two answers equal; only the process of `Worker` calls it."""
     from math_verify import parse, verify
 
     pairs = [(clean(gold), clean(answer))]
@@ -222,8 +227,8 @@ def is_equal(gold: str, answer: str) -> bool:
         pairs.append(without_percent)
     for pair in pairs:
         boxes = [rf"\boxed{{{text}}}" for text in pair]
-        # By default, parse would read the last fraction or number in a box that it cannot parse:
-        # 1/4 in \left( \frac{1}{4}. With first_match it reads the whole box or nothing.
+        # If parse cannot read a whole box, by default it reads the last fraction or number in it,
+        # such as 1/4 in \left( \frac{1}{4}. With first_match it reads the whole box or nothing.
         parsed = [parse(b, extraction_mode="first_match", parsing_timeout=None) for b in boxes]
         # allow_set_relation_comp lets an inequality equal an interval: x > 2 and (2, \infty).
         if verify(*parsed, allow_set_relation_comp=True, timeout_seconds=None):
@@ -318,9 +323,9 @@ class Worker:
             )
 
     def exchange(self, question: str, seconds: float) -> str:
-        """Send a question and return the line that the process answers.
+        """Send a question and return the line with which the process answers.
 
-        Return "" if it dies or needs more than so many seconds.
+        Return "" if it dies or needs more than that many seconds.
         """
         timer = threading.Timer(seconds, self.process.kill)
         timer.start()
@@ -329,7 +334,7 @@ class Worker:
             return self.process.stdout.readline().decode()
         except BrokenPipeError:
             return ""
-        except BaseException:  # The next question would be given the reply to this one.
+        except BaseException:  # Otherwise the next question would get the reply to this one.
             self.stop()
             raise
         finally:

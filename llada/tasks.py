@@ -26,12 +26,13 @@ from pathlib import Path
 
 import torch
 
-from dtm import check
+from dtm import check  # check(condition, message) raises ValueError(message)
 from llada.answers import MathVerifyError, answers_match, extract, final_answer, last_box
 
 # The keys of a preset are settings of `llada_finetune.py`, explained there. The settings for
-# Countdown are those of the authors' code. The settings for mathematics are ours: they leave room
-# for longer prompts, and take smaller steps h because the rewards are larger.
+# Countdown are those in the code of the authors of DTM. The settings for mathematics are ours: they
+# leave room for longer prompts, and their increment h of the tilt is smaller, since h multiplies
+# rewards that are larger there.
 COUNTDOWN_PRESET = dict(
     h=6.0,
     steps_per_h=1200,
@@ -77,8 +78,8 @@ class Task:
     """A kind of question and its reward.
 
     To add a task, write a subclass with `prompt` and `reward`, and with `columns` or `clean` if its
-    files need it. Its name in lower case becomes the value of --task. The texts that it is given
-    end before the first end token. Negative rewards count as 0 in training.
+    files need it. The name of the class in lower case becomes the value of --task. The texts that
+    its methods get end before the first end token. Negative rewards count as 0 in training.
 
     top         the largest reward
     columns     the keys of a row, each with the names that files use for it; empty: a row is the
@@ -86,7 +87,9 @@ class Task:
     preset      changes to the default settings of a run
     generated   True if this file makes the rows; then the scores are not comparable with
                 published ones
-    cells       None, or a method (text, row) -> (number of right parts, number of parts)
+    cells       None; or, where an answer can be partly right as in Sudoku, a method (text, row)
+                that returns how many parts of the answer are right, and how many it has;
+                evaluations report their share
     """
 
     top = 1.0
@@ -116,17 +119,19 @@ class Task:
 
     def correct(self, text: str, row: dict) -> bool:
         """Return whether the text answers the question. This is the metric of an evaluation."""
-        return self.reward(text, row) == self.top
+        return self.reward(text, row) >= self.top * (1 - 1e-9)  # A sum may be rounded.
 
     def grade(self, text: str, row: dict) -> tuple[float, float]:
         """Return two numbers: the reward, and 1 or 0 for a correct or a wrong text.
 
         Raise RuntimeError with the text if the code of the task fails, or returns a reward that is
-        larger than `top` or is not a number. Raise MathVerifyError if math-verify is missing.
+        larger than `top` or is not a number. Raise MathVerifyError if math-verify,
+        the package that compares mathematical answers, is missing or does not start.
         """
         try:
             reward, solved = float(self.reward(text, row)), float(self.correct(text, row))
-            check(reward <= self.top, f"The reward {reward} is not a number up to {self.top}.")
+            fits = reward <= self.top * (1 + 1e-9)
+            check(fits, f"The reward {reward} is not a number up to {self.top}.")
         except MathVerifyError:  # Neither the task nor the text is at fault.
             raise
         except Exception as error:
@@ -161,7 +166,7 @@ OPERATIONS = {ast.Add: add, ast.Sub: sub, ast.Mult: mul, ast.Div: truediv}
 
 
 def evaluate_expression(text: str) -> tuple[Fraction | None, list[int]]:
-    """Return the value of an expression and the numbers in it, or (None, []) if it is not one.
+    """Return the value of an expression and its numbers, or (None, []) if the text is none.
 
     An expression has integers, + - * / and parentheses, and at most 100 characters. The text is
     parsed and never run.
@@ -216,7 +221,8 @@ def read_integer(value: object) -> int:
 class Countdown(Task):
     """Make the target from the numbers, by an expression that uses each of them once.
 
-    The reward is 1 for a solution, 0.1 for another answer between tags, and 0 without an answer.
+    The reward is 1 for a solution, 0.1 for another answer between tags, and 0 for no or an empty
+    answer.
     """
 
     preset = COUNTDOWN_PRESET
@@ -251,22 +257,25 @@ class Countdown(Task):
     def is_solution(self, answer, row):
         """Return whether an answer is an expression that solves the row.
 
-        It may be written in LaTeX. The target may stand before or after it, as in 5 = 2 * 4 - 3.
+        It may be written in LaTeX. The target, but no other number, may stand before or after it,
+        as in 5 = 2 * 4 - 3.
         """
         # \frac{a}{b} becomes ((a)/(b)).
         answer = re.sub(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"((\1)/(\2))", answer)
         answer = re.sub(r"\\left|\\right|\\[()\[\]]|\$", "", answer)
         for sign, plain in OPERATOR_SIGNS.items():
             answer = answer.replace(sign, plain)
+        # Markdown may stand around a side, as in **5** or > 5, and a full stop behind it.
         sides = [side.strip(" \n.>*") for side in answer.split("=")]
         if sides[0] == str(row["target"]) and len(sides) > 1:
             del sides[0]
         value, used = evaluate_expression(sides[0])
-        return value == row["target"] and sorted(used) == sorted(row["numbers"])
+        wrong = any(re.fullmatch(r"-?\d+", s) and int(s) != row["target"] for s in sides[1:])
+        return value == row["target"] and sorted(used) == sorted(row["numbers"]) and not wrong
 
     def reward(self, text, row):
         answer = extract(text)
-        if answer is None:
+        if not answer:
             return 0.0
         return 1.0 if self.is_solution(answer, row) else 0.1
 
@@ -298,7 +307,7 @@ def has_no_repeat(digits: str) -> bool:
 
 @functools.cache
 def sudoku_grids() -> list[str]:
-    """Return all 288 grids in a fixed random order.
+    """Return all 288 complete grids in a fixed random order.
 
     The first 176 are for training, the next 24 for validation, and the last 88 for the test.
     """
@@ -358,7 +367,7 @@ def sudoku_example(row: dict) -> str:
 class Sudoku(Task):
     """Fill the empty cells of a 4 x 4 grid.
 
-    The reward is twice the share of the empty cells that hold the digit of the row's solution. The
+    The reward is twice the share of the empty cells that hold the solution's digit. The
     metric accepts every valid grid that keeps the clues.
 
     fewest, most   the least and the largest number of empty cells in a generated puzzle
@@ -406,10 +415,7 @@ class Sudoku(Task):
         return keeps and {*grid} == {*"1234"} and has_no_repeat(grid)
 
     def count_right(self, grid, row):
-        """Return how many of the puzzle's empty cells hold the solution's digit in the grid.
-
-        The second number is how many empty cells the puzzle has.
-        """
+        """Return how many of the puzzle's empty cells are right, and how many it has."""
         empty = [i for i in range(16) if row["puzzle"][i] == "0"]
         return sum(grid[i] == row["solution"][i] for i in empty), len(empty)
 
@@ -455,8 +461,9 @@ def hub_rows(
 class Math(Task):
     """Solve problems from mathematics competitions.
 
-    Every text earns 0.25. A right answer earns 2 more, a closed <answer> 0.5, and a box 0.25. A
-    row's answer may be a whole solution that ends in a box or in "#### 18".
+    Every text earns 0.25. A right answer earns 2 more, a closed <answer> 0.5, and a box, which is
+    \\boxed{...}, 0.25. A row's answer may be a whole solution that ends in a box or, as in GSM8K,
+    in "#### 18".
     """
 
     top = 3.0
@@ -470,7 +477,7 @@ class Math(Task):
         if split == "test":
             name = "HuggingFaceH4/MATH-500"
             return hub_rows(name, None, "test", question="problem", answer="answer")
-        name = "ankner/math-500"
+        name = "ankner/math-500"  # the training set of the authors of DTM
         return cut(hub_rows(name, None, "train", question="problem", answer="solution"), split)
 
     def clean(self, record):
@@ -499,7 +506,8 @@ class Math(Task):
 class GSM8K(Math):
     """Solve word problems of school mathematics.
 
-    The reward is 2 for a right answer, 0.5 for an answer that is a number, and up to 1.5 for tags.
+    The reward is a sum: 2 for a right answer, 0.5 for an answer that is a number, and up to 1.5 for
+    tags.
     Characters after the last tag cost reward, but the reward is never negative.
     """
 
@@ -586,7 +594,7 @@ def csv_records(text: str) -> Iterator[tuple[int, dict]]:
 
 
 def task_row(task: Task, record: dict) -> dict:
-    """Return a record as a row of the task, with its values under the task's names and checked."""
+    """Check a record and return it as a row, whose keys are the names that the task uses."""
     row = {}
     for key, names in task.columns.items():
         values = [record[name] for name in names if record.get(name) not in (None, "")]

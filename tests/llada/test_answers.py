@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llada import answers
-from llada.answers import answers_match, extract, final_answer, last_box
+from llada.answers import answers_match, clean, extract, final_answer, last_box
 
 ROOT = Path(answers.__file__).resolve().parents[1]
 
@@ -38,6 +38,7 @@ FOUND = [  # a text, and the answer that the metric sees
     (r"so \fbox{5}", "5"),
     ("<answer>\nboxed{5}\n</answer>", "5"),
     (f"<answer>{'first ' * 60}</answer>" + r"\boxed{7}", "7"),
+    (f"<answer>{'first ' * 60}</answer> The answer is 7", "The answer is 7"),
     (r"So \boxed{5}. Wait, it is \boxed{7", "7"),
     (r"<answer>\boxed{5}, no, \boxed{7</answer>", "7"),
     (r"so \boxed{18}. Thus \boxed{", "18"),
@@ -199,6 +200,12 @@ def test_a_hostile_answer_is_wrong_and_the_next_one_is_compared(worker):
     assert worker.ask("5", "2+3")
     for giant in ("9" * 10**6, "(" * 10_000 + "5" + ")" * 10_000, None):
         assert not answers_match("5", giant)
+
+
+def test_a_long_run_of_words_after_a_number_is_one_unit_or_none():
+    """A pattern with several ways to split the words would need years for the second answer."""
+    assert clean("18 " + "dollars per day " * 15) == "18"
+    assert clean("18 " + "dollars per day " * 15 + "!").startswith("18 dollars")
 
 
 def test_a_worker_that_hangs_is_replaced_after_the_limit(worker):

@@ -191,6 +191,7 @@ PARTS = [
     ("math", "", 0.25),
     ("countdown", "2*4-3", 0),
     ("countdown", tag("2+3"), 0.1),
+    ("countdown", tag(""), 0),
 ]
 
 
@@ -269,7 +270,12 @@ COUNTDOWN = [  # numbers, target, right expressions, wrong ones
     ([2, 3, 4], 5, [r"$2\times4-3$", r"\left(2 \cdot 4\right) − 3", "2×4-3 = 5", "**2*4-3**"], []),
     ([2, 3, 4], 5, [r"\boxed{2*4-3}=5", "-(3-4*2)", "2*4-3.", r"\[ 4*2-3 \]", "5 = 2·4-3"], []),
     ([2, 3, 4], 5, ["2 x 4 - 3"], ["5", "= 5", "2+3", "2+3+4", "2*4-3+2-2", "23-4", "{2*4}-3"]),
-    ([2, 3, 4], 5, [], ["2.0*4-3", "٢*٤-٣", "2*4-3 # 9", "__import__('os')", "(" * 2000 + "5"]),
+    (
+        [2, 3, 4],
+        5,
+        [],
+        ["2*4-3 = 17", "2.0*4-3", "٢*٤-٣", "2*4-3 # 9", "__import__('os')", "(" * 2000 + "5"],
+    ),
     ([3, 8, 8, 3], 24, ["8/(3-8/3)", r"\frac{8}{3-8/3}", r"\dfrac{8}{3-8/3}"], ["3*8"]),
 ]
 
@@ -320,13 +326,14 @@ def test_a_task_is_one_class(tmp_path, monkeypatch):
             return record
 
         def reward(self, text, row):
-            return self.top * (text.strip() == row["word"][::-1])
+            return sum([0.3] * 10 * (text.strip() == row["word"][::-1]))  # 3 less a rounding error
 
     task, path = tasks.TASKS["reverse"], tmp_path / "words.jsonl"
     path.write_text('{"input": "mask"}\n')
     rows = read_rows(str(path), "reverse")
     assert rows == [{"word": "mask"}]
-    assert task.grade("ksam", rows[0]) == (3, 1) and task.grade("mask", rows[0]) == (0, 0)
+    assert task.grade("ksam", rows[0]) == (pytest.approx(3), 1)
+    assert task.grade("mask", rows[0]) == (0, 0)
     with pytest.raises(RuntimeError, match="Reverse cannot grade 'mask': 'word'"):
         task.grade("mask", {})
     with pytest.raises(ValueError, match="--data"):
