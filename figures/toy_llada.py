@@ -1,13 +1,13 @@
 """A small LLaDA on a laptop: made here, tuned by the loop of the 8B model, drawn.
 
-    python -m figures.toy_llada                                    one run, 7 minutes on 2 cores
+    python -m figures.toy_llada                                    one run, 9 minutes on 2 cores
     torchrun --nproc_per_node=2 -m figures.toy_llada               the same on two processes
-    python -m figures.toy_llada --draw runs/learned-? runs/one-?   the figure of six runs
+    python -m figures.toy_llada --draw runs/learned-? runs/one-?   the figure of ten runs
 
 The task is 4 x 4 Sudoku: the prompt is the puzzle, the completion its 16 digits. The base model has
 216,640 parameters and makes mistakes on purpose: in its training data each row of the grid was
 solved with probability 0.3, and otherwise filled with its missing digits in ascending order. The
-figure's runs, for SEED in 0, 1, 2; the second one reuses the base model of the first:
+figure's runs, for SEED from 0 to 4; the second one reuses the base model of the first:
 
     python -m figures.toy_llada --seed SEED --out runs/learned-SEED
     python -m figures.toy_llada --seed SEED --c 1 --model runs/learned-SEED/base --out runs/one-SEED
