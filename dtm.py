@@ -10,25 +10,25 @@ finished sequence, and the network learns to predict them from the tokens that a
 
 DTM takes such a model and a reward r(x) for finished sequences. The base model writes a sequence x
 with some probability rho_0(x). DTM trains it until it writes x with a probability proportional to
-rho_0(x) e^{A r(x)}, for a number A that the user chooses. This distribution rho_A is called a tilt
-of rho_0: it prefers a high reward, and it does not change the relative probabilities of sequences
-with equal reward. DTM never computes the probability of a whole sequence, which would be a sum over
-L! orders.
+rho_0(x) e^{A r(x)}, for a number A that the user chooses. This distribution rho_A is rho_0 tilted
+by A, and the number A is called the tilt. rho_A prefers a high reward, and it does not change the
+relative probabilities of sequences with equal reward. DTM never computes the probability of a whole
+sequence, which would be a sum over L! orders.
 
 GLOSSARY. The equations (D1) to (D12) stand beside the functions below; (D10) is in
 figures/rivals/objectives.py.
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
+r       (B,)    the reward r(x1) of each sequence
+rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
+h               the increment of the tilt in a phase (a round of the algorithm): from a to a + h
 teacher         a frozen model that draws sequences x1 from rho_a; its logits are called logits_a
 student         the model that is trained towards rho_{a+h}; its logits are called logits
 x1      (B, L)  finished sequences of tokens 0 to V - 1, drawn from the teacher
 xt      (B, L)  states: x1 with some tokens replaced by the mask token, whose number mask_id is V or
                 an unused number below V
 mask    (B, L)  True at the masked positions that enter the loss: k of them in one sequence, M in
-                the batch. With `mask_random` these are all masked positions, and with
-                `mask_blockwise` those of one block.
-r       (B,)    the reward r(x1) of each sequence
-rho_a           the distribution of sequences at tilt a, proportional to rho_0 e^{a r}         (D1)
-h               the tilt increment of a phase (a round of the algorithm), from rho_a to rho_{a+h}
+                the batch. If the masks are random, these are all masked positions; if sequences
+                are written in blocks from left to right, those of the block that is being filled.
 E_a             the mean over x1 drawn from rho_a and over the masking that turns x1 into xt
 pi_a    (V,)    the posterior pi_a(v | xt, i), the probability of x1_i = v given xt if x1 was drawn
                 from rho_a; the teacher computes it as softmax(logits_a) at position i of xt
@@ -149,7 +149,7 @@ def tilt_matching(
 def take_step(optimizer: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
     """Take a step with the gradient clipped to norm 1; ValueError if the loss is not finite."""
     value = loss.item()  # a GPU waits here, once per step
-    advice = "lower lr or h, and ban a token by the logit -1e4, not by -inf"
+    advice = "lower lr or h; to forbid a token, give it the logit -1e4, since -inf makes a loss NaN"
     check(math.isfinite(value), f"the loss of this step is {value}; {advice}")
     group = optimizer.param_groups[0]
     group["lr"] = lr
@@ -200,8 +200,9 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # (D2) is Bayes' rule. Let P(xt | x1) be the probability that the masking turns x1 into xt. Then
 #     rho_{a+h}(x1 | xt) = P(xt | x1) rho_{a+h}(x1) / (the sum of the numerator over all x1)
 #                        = P(xt | x1) rho_a(x1) w(x1) / (the sum of the numerator)      by (D1)
-#                        = rho_a(x1 | xt) w(x1) / E_a[w | xt],
-# and the sum of the last line over all x1 with x1_i = v is (D2).
+#                        = rho_a(x1 | xt) w(x1) / E_a[w | xt]
+# after numerator and denominator are divided by the sum of P(xt | x1) rho_a(x1) over all x1. The
+# sum of the last line over all x1 with x1_i = v is (D2).
 #
 # The minimiser of a cross-entropy is its mean target, normalised. With S = sum_v E_a[T(v) | xt],
 #     E_a[loss | xt] = - sum_v E_a[T(v) | xt] log pi_theta(v)
@@ -217,11 +218,12 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # distribution that x1 was drawn from. A network satisfies this only approximately. Example: there
 # are two positions and two tokens. The teacher tosses a coin for the first token, whether the
 # second is known or not. For the second it tosses a coin if the first is unknown; otherwise it
-# copies the first. In random order, where the second token comes first half of the time, it writes
-# 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second token
-# equals the first with probability 3/4; the teacher's posterior says 1, so it is not consistent.
-# With c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt of the
-# distribution that drew x1. With another c the mean target is wrong by c (pi_a - E_a[e | xt]).
+# copies the first. In random order, in which it draws the second token first with probability 1/2,
+# it writes 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second
+# token equals the first with probability 3/4; the teacher's posterior says 1, so it is not
+# consistent. With c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt
+# of the distribution that drew x1. With another c the mean target is wrong by c (pi_a - E_a[e |
+# xt]).
 #
 # The corruption is what turns x1 into xt, here the masking. The derivations use only that P(xt |
 # x1) is the same at every tilt: given x1, the corruption must not depend on a. It may depend on x1
@@ -238,7 +240,7 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 def c_dtm_loss(
     logits: Tensor, logits_a: Tensor, x1: Tensor, w: Tensor | float, c: Tensor | float = 1.0
 ) -> Tensor:
-    """Return the loss of c-DTM (Prop 3.3), (...), whose minimiser is the tilted posterior.
+    """Return the loss of c-DTM (Prop. 3.3) at each position; its minimiser is the tilted posterior.
 
         loss = - sum_v T(v) log pi_theta(v),    T = c pi_a + (w - c) e                       (D3)
 
@@ -253,8 +255,8 @@ def c_dtm_loss(
     """
     w, c = as_constants(logits, logits_a, x1, w=w, c=c)
     logits = upcast(logits)  # (..., V)
-    # To subtract log_z once from the sum over v is more accurate than to sum log_softmax, in which
-    # it is subtracted V times: for V = 126,464 in float32 by a factor of 3 to 40.
+    # log_z is subtracted once from the sum over v. A sum of log_softmax would subtract it V times,
+    # with a rounding error 3 to 40 times as large for V = 126,464 in float32.
     log_z = logits.logsumexp(-1)  # (...)     log pi_theta(v) = logits(v) - log_z
     log_p_x1 = logits.gather(-1, x1[..., None].long())[..., 0] - log_z  # (...)  log pi_theta(x1_i)
     pi_a = upcast(logits_a.detach()).softmax(-1)  # (..., V)
@@ -265,7 +267,7 @@ def c_dtm_loss(
 def as_constants(
     logits: Tensor, logits_a: Tensor, x1: Tensor, **values: Tensor | float
 ) -> list[Tensor | float]:
-    """Return the values as constants of the graph, in the type of `upcast`, if all shapes fit."""
+    """Return the values detached from the graph, in at least float32, if all shapes fit."""
     shapes = f"{tuple(logits.shape)}, {tuple(logits_a.shape)}, {tuple(x1.shape)}"
     fits = logits.shape == logits_a.shape and logits.shape[:-1] == x1.shape
     check(fits, f"expected logits and logits_a (..., V) and x1 (...), but got {shapes}")
@@ -323,7 +325,7 @@ def mean_over_masked(loss: Tensor, mask: Tensor) -> Tensor:
 
     Raise ValueError if a row has no such position.
 
-    Why each row is averaged first: take masks from `mask_random`, k in a row, and the loss -log
+    Why each row is averaged first: take masks from `mask_random`, k per row, and the loss -log
     pi_theta(x1_i). Then L times the expectation of this mean is an upper bound on -log rho_theta:
         L E_k E_mask[(1/k) sum_{i masked} -log pi_theta(x1_i | xt)]  >=  -log rho_theta(x1)  (D6)
     """
@@ -411,7 +413,7 @@ def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> floa
     log_p = torch.full_like(r, -math.log(len(r))) if p is None else p.detach().cpu().double().log()
     low = 0.0
     high = trial = float(h_max)
-    # Throughout, low is allowed, and every number above high is not.
+    # At every moment h = low satisfies the bound, and every h above high violates it.
     while low < trial:  # until no floating-point number lies between low and high
         log_ess = 2 * (log_p + trial * r).logsumexp(0) - (log_p + 2 * (trial * r)).logsumexp(0)
         if log_ess >= math.log(ess) - 1e-12:  # 1e-12 is more than the rounding error
@@ -589,7 +591,7 @@ def all_sequences(V: int, L: int, device: torch.device | str | None = None) -> T
 
 
 def state_number(xt: Tensor, V: int) -> Tensor:
-    """Return the row of `all_sequences(V + 1, L)` that holds each state xt (B, L), (B,)."""
+    """Return for each state in xt (B, L) its row number in `all_sequences(V + 1, L)`, (B,)."""
     return (xt * (V + 1) ** torch.arange(xt.shape[1] - 1, -1, -1, device=xt.device)).sum(-1)
 
 
@@ -640,7 +642,7 @@ def exact_marginal(
             p = model(states[number], where).double().softmax(-1).view(-1, level, V)
             p = p / level if choose is None else choose(p)
             row, place = where.nonzero(as_tuple=True)  # (M,) each
-            # The number of a state changes so if the mask, the digit V, becomes the token.
+            # If the mask, the digit V, becomes the token, the number of the state changes by this.
             child = number[row, None] + (token - V) * digit[place, None]  # (M, V)
             flow = reach[number[row], None] * p.flatten(0, 1)  # (M, V)
             reach = reach.index_add(0, child.flatten(), flow.flatten())
@@ -810,7 +812,7 @@ class Enumeration:
         self.batch = (logits_a, x1.expand(len(self.states), -1, L), w_all)
 
     def values_of_c(self) -> dict[str, Tensor]:
-        """Return four numbers, the c of (D8) and that of (D7), each for all states, (S, L)."""
+        """Return six choices of c, each (S, L): four numbers, that of (D8), and that of (D7)."""
         y, q = control_variate_targets(self.batch[0], *self.batch)  # (S, N, L) each
         q = q * self.joint[..., None] * self.share[:, None] ** 2
         values = {"0": 0, "0.5": 0.5, "1": 1, "2": 2, "best scalar c": (q * y).sum() / q.sum()}

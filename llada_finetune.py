@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=8 llada_finetune.py                  the full run, on Sudoku
     torchrun --nproc_per_node=8 llada_finetune.py train --task countdown --out RUN
-    torchrun --nproc_per_node=8 llada_finetune.py eval --adapter RUN/best
+    torchrun --nproc_per_node=8 llada_finetune.py eval --adapter RUN/best      the best phase
     python llada_finetune.py merge OUT --adapter RUN/best          a complete checkpoint
 
 `train` starts a run, and resumes it when it is called again with the same --out. On several nodes
@@ -20,7 +20,7 @@ symbols are used here, and (D1), (D2), ... are the equations in it.
 x1, xt              finished completions, and the same partly masked
 rollout             a completion that the teacher has drawn, with its reward
 block               as many consecutive tokens as --block says; blocks are decoded from left to
-                    right, and the one with the first end token is the last (unless --past_end)
+                    right, until one holds an end token (unless --past_end)
 active block        the block that is being decoded, or that `mask_blockwise` picks for training:
                     earlier ones are complete, later ones masked
 trained positions   the masked positions of the active block; a block after the end has none
@@ -92,9 +92,9 @@ def option(default, text: str):
 
 @dataclass
 class Config:
-    """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku, but
-    they adapted four projections (--lora paper) and decoded past an end token (--past_end). Each
-    task has a `preset` of changes."""
+    """The settings of a run; each is a flag. The defaults are the authors' settings for Sudoku,
+    except that they adapted four projections (--lora paper) and decoded past an end token
+    (--past_end). Each task has a `preset` of changes."""
 
     task: str = option(
         "sudoku", f"{', '.join(TASKS)}, or the name of your own class, in lower case"
@@ -228,7 +228,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
     Teacher and student are two adapters on one frozen base model. The numbers in the comments are
     the steps of the algorithm. `trained_positions` computes c with `run.control`, which was fitted
     to earlier steps of the phase. `watch(run)` is called on every rank at a = 0 and after each
-    phase, before its checkpoint.
+    phase, before the checkpoint that holds its score.
     """
     cfg, state, buffer, ranks = run.cfg, run.state, run.buffer, run.ranks
     with ranks.signals_caught():
@@ -451,7 +451,7 @@ class Buffer:
             cfg=self.cfg,
             tokenizer=self.tokenizer,
             generator=self.generator,
-            ban_mask=True,  # a rollout must not contain a mask; `evaluate` decodes like LLaDA
+            ban_mask=True,  # a rollout must not contain the mask token; in `evaluate` it may
         )
         self.pending["x1"][batch] = x1
         for i, row, ids in zip(batch, rows, x1.tolist(), strict=True):
@@ -540,18 +540,18 @@ class ControlVariate:
     """The coefficient c of (D3) at the trained positions: a number, the best scalar, or learned.
 
     "best" is the one number that minimises the variance of the gradient (D8). "learned" does the
-    same for each position (D7): it is a ridge regression on 64 fixed random projections of the
-    teacher's last hidden state and a constant. (`maze_lab.py` learns c with a small network
+    same for each position (D7): it is a ridge regression on a constant and 64 fixed random
+    projections of the teacher's last hidden state. (`maze_lab.py` learns c with a small network
     instead.) Both are least-squares fits, over past steps with older ones counting less, to the
-    targets of `dtm.control_variate_targets`: y, the best c at a position, and its weight q. A
+    targets of `dtm.control_variate_targets`: y, the best c for a sampled token, and its weight q. A
     step's c comes from earlier steps. With new rollouts in every step the gradient would be
     unbiased. Here rollouts are used again, so c has seen their rewards; the bias is small, because
     64 features cannot memorise the rewards of one buffer.
     """
 
     FEATURES = 64
-    MEMORY = 0.95  # each step multiplies the equations of earlier steps by it
-    RIDGE = 1e-3  # the penalty, as a multiple of the mean of G's diagonal
+    MEMORY = 0.95  # each step multiplies the normal equations of earlier steps by it
+    RIDGE = 1e-3  # the penalty, as a multiple of the mean diagonal of these equations
 
     def __init__(self, kind: str, width: int, device: torch.device):
         self.fitted = kind in ("best", "learned")
@@ -903,7 +903,7 @@ def evaluate(
     ranks: Ranks,
     path: Path | None = None,
 ) -> dict | None:
-    """Complete every row at temperature 0, by low-confidence remasking, and return the scores.
+    """Complete every row at temperature 0 in the order low_confidence, and return the scores.
 
     The scores are `solved`, `reward` and, for tasks with cells (parts of an answer), `cells`, each
     with its standard error over the rows, and the number of rows `n`. Rank 0 grades and returns
@@ -992,7 +992,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_settings(parser: argparse.ArgumentParser, only=(), without=(), defaults=None) -> None:
-    """Add a flag per setting; -h shows `defaults[name]` if the caller gives it, or the tasks'."""
+    """Add a flag per setting; -h shows `defaults[name]` if the caller gives it, else the tasks'."""
     for f in fields(Config):
         if f.name in without or (only and f.name not in only):
             continue
@@ -1049,7 +1049,7 @@ def evaluate_command(given: dict, adapter: Path | None, lengths: list[int] | Non
     if TASKS[cfg.task].generated and not cfg.test_data:
         say(
             ranks,
-            "these test rows were generated here, so the scores compare with no published table",
+            "these test rows were generated here, so no published table can be compared with them",
         )
     name, table = str(adapter) if adapter else None, {}
     for length in lengths:

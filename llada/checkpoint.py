@@ -45,7 +45,7 @@ def explained(message: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def write_file(path: Path, content: dict | str) -> None:
-    """Write a dict of tensors if the name ends in .safetensors, else a string, else JSON."""
+    """Write a dict of tensors if the name ends in .safetensors, else a string as it is or JSON."""
     temporary = path.with_name(f".half-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":

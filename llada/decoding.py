@@ -5,9 +5,9 @@ to right, with a fixed number of network evaluations per block. Each of these fi
 block's masked positions. `dtm.sample` does that; this file puts a prompt before the completion, and
 stops where a completion has ended.
 
-Source: ML-GSAI/LLaDA generate.py (b7e6c35). With the defaults of `generate` this differs from it in
-three points: probabilities and noise are float32, the head is computed at masked positions only,
-and a mask token inside a prompt stays as it is.
+Source: ML-GSAI/LLaDA generate.py (b7e6c35). By default our `generate` differs from that file in
+three ways: probabilities and the noise by which tokens are drawn are float32, the head is computed
+at masked positions only, and a mask token inside a prompt stays as it is.
 """
 
 import itertools
@@ -24,7 +24,8 @@ from dtm import check
 from llada.checkpoint import explained, read_json
 from llada.model import Device
 
-Padded = tuple[Tensor, Tensor | None]  # prompts (B, P), and their attention mask (B, P) or None
+# prompts (B, P), padded to the length P of the longest, and their attention mask (B, P) or None
+Padded = tuple[Tensor, Tensor | None]
 
 
 # ---- 1. Text and tokens -------------------------------------------------------------------------
@@ -99,9 +100,8 @@ def before_the_end(x1: Tensor, block: int, ends: Tensor) -> Tensor:
     them, because blocks are decoded from left to right. So they are neither decoded nor trained.
     """
     has_end = torch.isin(x1, ends).unflatten(1, (-1, block)).any(2).int()  # (B, blocks)
-    earlier = (
-        has_end.cumsum(1) - has_end
-    )  # for each block: the blocks on its left with an end token
+    # For each block: how many blocks on its left have an end token.
+    earlier = has_end.cumsum(1) - has_end
     return (earlier == 0).repeat_interleave(block, 1)
 
 

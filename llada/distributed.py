@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dtm import check
 
 # The ranks meet after every optimizer step and every batch of rollouts. Their longest waits are the
-# first download of the base model, and an evaluation, where rank 0 compares the answers of all.
+# first download of the base model, and an evaluation, in which rank 0 grades the answers of all.
 TIMEOUT = timedelta(minutes=30)
 SEED_STRIDE = 1_000_000  # the distance between the seeds of two ranks
 
@@ -66,7 +66,7 @@ class Ranks:
     def seed(self, seed: int, stream: int = 0) -> int:
         """Return this rank's seed: stream 0 is for masks and tokens, stream 1 for dropout.
 
-        Runs whose seeds are below 500,000 share no stream, on any rank.
+        Two runs with different seeds below 500,000 never get the same seed here.
         """
         return seed + SEED_STRIDE * self.rank + SEED_STRIDE // 2 * stream
 
@@ -87,9 +87,9 @@ class Ranks:
         """Replace every gradient by its mean over the ranks.
 
         The tensors are added one by one, which rounds them in the same way in each step. (PyTorch's
-        DistributedDataParallel groups gradients in the first step after a process starts. In a
-        resumed process this is another step of the run, and the grouping may differ; sums over
-        three or more ranks then round differently.)
+        DistributedDataParallel groups gradients in the first step after a process starts. After a
+        resume this is a later step of the run, and the grouping may differ; sums over three or more
+        ranks then round differently.)
         """
         if self.size > 1:
             for p in parameters:

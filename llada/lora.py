@@ -27,7 +27,7 @@ class LoRA(nn.Module):
     """The two factors of every adapted projection, under the keys "layer:projection".
 
     config       the base model's config.json
-    projections  names out of `llada.model.PROJECTIONS`
+    projections  names from `llada.model.PROJECTIONS`
     seed         of the random A; B starts at zero, so that a new adapter changes nothing
 
     While training, the factors stay in float32: steps of 1e-6 would vanish in bfloat16.
@@ -92,7 +92,7 @@ class LoRA(nn.Module):
             p.copy_(tensors[name])
 
     def save(self, folder: Path, base: str) -> None:
-        """Write a PEFT folder that records the base model, a folder or a hub id."""
+        """Write a PEFT folder; it records where the base model is."""
         write_file(folder / "adapter_model.safetensors", self.peft_tensors())
         config = {
             "peft_type": "LORA",
