@@ -15,7 +15,7 @@ by A, and the number A is called the tilt. rho_A prefers a high reward, and it d
 relative probabilities of sequences with equal reward. DTM never computes the probability of a whole
 sequence, which would be a sum over L! orders.
 
-GLOSSARY. The equations (D1) to (D12) stand beside the functions below; (D10) is in
+GLOSSARY. The equations (D1) to (D13) stand beside the functions below; (D10) is in
 figures/rivals/objectives.py.
 V, L, B         the size of the vocabulary, the length of a sequence, the size of a batch
 r       (B,)    the reward r(x1) of each sequence
@@ -388,9 +388,10 @@ def best_scalar_c(
     return (share**2 * q * y).sum() / (share**2 * q).sum()
 
 
-# ---- 5. Annealing -------------------------------------------------------------------------------
+# ---- 5. Annealing and replay --------------------------------------------------------------------
 # With a large h only a few samples have a weight that matters, so the tilt is reached in phases.
-# Their increments h are equal, or are chosen from the rewards of the samples.
+# Their increments h are equal, or are chosen from the rewards of the samples. The sequences of
+# earlier phases can be used again, with weights that depend on their rewards only.
 def next_h(r: Tensor, ess: float, h_max: float, p: Tensor | None = None) -> float:
     """Return the largest h <= h_max whose weights keep an effective sample size of at least ess.
 
@@ -440,6 +441,93 @@ def phases(a_end: float, h: float | Callable[[float], float]) -> Iterator[tuple[
         check(step > 1e-9 * a_end, f"{stuck}; choose a larger h")
         yield a, step
         a += step
+
+
+def replay_weights(rewards: list[Tensor], tilts: list[float], a: float) -> Tensor:
+    """Return the weights u (n,) that let rollouts of several phases stand for rollouts at tilt a.
+
+        u(x) = e^{a r(x)} / sum_j (n_j / n) e^{a_j r(x) - f_j},  divided by its mean         (D13)
+
+    Here f_j estimates log E_0[e^{a_j r}], with the mean under rho_0, plus a constant that is the
+    same for all j. It solves
+        e^{f_j} = (1/n) sum_x e^{a_j r(x)} / sum_l (n_l / n) e^{a_l r(x) - f_l},
+    where the sum runs over all n rollouts x.
+
+    rewards  one tensor (n_j,) per phase, the rewards of its rollouts; n = sum_j n_j
+    tilts    one number per phase, the tilt a_j of the teacher that drew its rollouts
+    a        the tilt at which the rollouts are used, usually that of the latest phase
+
+    The weights have the order of torch.cat(rewards). Pick the rollouts of a batch with probability
+    proportional to u, or multiply the loss of each one by u. Raise ValueError if there are no
+    rollouts, if the lists differ in length, if a number is not finite, or if the tilts are so far
+    apart that the phases have hardly a reward in common. Ours.
+
+    Why: a rollout that is picked from all n at random has the distribution m(x) = sum_j (n_j / n)
+    rho_{a_j}(x), and rho_{a_j} = rho_0 e^{a_j r} / E_0[e^{a_j r}]. In rho_a / m the unknown rho_0
+    cancels, and u is left, up to a factor that the division by the mean fixes. So with E_m for the
+    mean under m, E_m[u g] = E_a[g] for every function g, and E_m[u T | xt] is E_a[T | xt] times a
+    positive number that depends on xt only: the minimiser of the loss stays where it is. With
+    g = e^{(a_j - a) r}, E_a[g] is E_0[e^{a_j r}] / E_0[e^{a r}]; with the mean over the rollouts in
+    place of E_m, this is the equation for f_j. Since u is computed from the rollouts that it
+    weights, weighted means have a bias of O(1/n).
+
+    What it assumes: phase j drew from rho_{a_j}, and the teacher's posterior is that of rho_a. The
+    weights do not repair a model that missed its tilt: they depend on the reward only, so they
+    never change the distribution of x given r. Then the weighted rollouts are not distributed as
+    the teacher's posterior says, and the control variate no longer has mean zero.
+    """
+    check(len(rewards) == len(tilts), "replay_weights: give one tilt per list of rewards")
+    check(sum(map(len, rewards)) > 0, "replay_weights: there are no rollouts")
+    r = torch.cat(rewards).detach()
+    tilt = torch.tensor([*tilts, a], dtype=torch.float64)
+    ok = r.isfinite().all() and tilt.isfinite().all()
+    check(ok, "replay_weights: a reward or a tilt is not finite")
+    # Rollouts with equal rewards have equal weights, so the sums run over the R distinct rewards.
+    value, which, count = r.cpu().double().unique(return_inverse=True, return_counts=True)
+    log_part = (count.double() / len(r)).log()  # (R,)
+    exponent = value[:, None] * tilt[:-1]  # (R, phases)
+    share = torch.tensor([len(x) / len(r) for x in rewards], dtype=torch.float64)  # n_j / n
+    log_m = log_mixture(exponent, share, log_part.exp())  # (R,)  log(m / rho_0)
+    log_u = a * value - log_m
+    return (log_u - (log_u + log_part).logsumexp(0)).exp()[which].to(r.device, upcast(r).dtype)
+
+
+def log_mixture(exponent: Tensor, share: Tensor, part: Tensor) -> Tensor:
+    """Return log sum_j share_j e^{exponent_j - f_j}, (R,), for the f_j of `replay_weights`.
+
+    exponent  (R, phases), a_j r for each of the R distinct rewards r
+    share     (phases,), n_j / n
+    part      (R,), the share of the rollouts that have this reward
+
+    The f_j minimise the convex function sum_r part log sum_j share_j e^{exponent_j - f_j} +
+    sum_j share_j f_j: its gradient is zero where the equation for f_j holds. Fifty iterations of
+    that equation give a starting point. Newton's method follows; a step that does not lower the
+    function is halved. Raise ValueError if this does not converge.
+    """
+
+    def log_mixture_at(f: Tensor) -> Tensor:
+        return (share.log() + exponent - f).logsumexp(1)
+
+    def objective(f: Tensor) -> Tensor:
+        return part @ log_mixture_at(f) + share @ f
+
+    f = part @ exponent
+    for _ in range(50):
+        f = (part.log()[:, None] + exponent - log_mixture_at(f)[:, None]).logsumexp(0)
+    for _ in range(100):
+        p = (share.log() + exponent - f - log_mixture_at(f)[:, None]).exp()  # (R, phases)
+        gradient = share - part @ p
+        if gradient.abs().max() < 1e-13:
+            break
+        hessian = (part @ p).diag() - p.T @ (part[:, None] * p)
+        step = torch.linalg.pinv(hessian, rtol=1e-13, hermitian=True) @ gradient
+        size, least = 1.0, objective(f)
+        while size > 1e-9 and objective(f - size * step) > least + 1e-13 * (1 + least.abs()):
+            size /= 2
+        f = f - size * step
+    close = gradient.abs().max() < 1e-6
+    check(close, "replay_weights: the phases have hardly a reward in common; use smaller steps h")
+    return log_mixture_at(f)
 
 
 # ---- 6. Masking: from x1 to xt ------------------------------------------------------------------

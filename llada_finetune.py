@@ -28,8 +28,9 @@ a, h                the tilt, and its increment
 r, w                the rewards of completions, and their weights e^{h r}
 c                   the coefficient of the control variate
 L, V                the length of a completion, the size of the vocabulary
-N, B, M             the numbers of rollouts in a rank's buffer, of completions in a micro-batch, and
-                    of trained positions in a micro-batch
+N, B, M             the numbers of rollouts of the present phase in a rank's buffer, of completions
+                    in a micro-batch, and of trained positions in a micro-batch
+n                   N, or with --replay the number of rollouts of all phases in a rank's buffer
 
 RANDOM NUMBERS. Each rank uses two generators: its own for masks and tokens, and torch's global one,
 with another seed, for the adapter's dropout; see `Ranks.seed`. On CPUs a resumed run equals one
@@ -109,7 +110,7 @@ class Config:
     a_end: float = option(100.0, "tilt at which the run ends")
     ess: float = option(
         0.0,
-        "choose h by this effective sample size of the weights, a share below 1; 0: fixed h",
+        "choose h by this effective sample size of the phase's rollouts, a share below 1; 0: fixed",
     )
     c: str = option(
         "1",
@@ -125,6 +126,9 @@ class Config:
     completions: int = option(1, "completions per prompt")
     refresh: int = option(20, "prompts that each rank replaces by new ones at a time; 0: none")
     refresh_steps: int = option(32, "optimizer steps between two renewals; 0: none")
+    replay: int = option(
+        0, "use the rollouts of this many earlier phases again (ours); 0: none, as in the paper"
+    )
     # decoding
     chunk: int = option(16, "completions that a rank decodes at once; fewer need less memory")
     gen_length: int = option(256, "tokens per completion")
@@ -169,7 +173,7 @@ CHOICES = {
     "order": dtm.ORDERS,
     "lora": tuple(ADAPTED),
 }
-MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "temperature", "lr_min"}
+MAY_BE_ZERO = {"seed", "ess", "refresh", "refresh_steps", "replay", "temperature", "lr_min"}
 MAY_BE_ZERO |= {"weight_decay", "ema", "dropout", "eval_rows"}
 # These may change when a run resumes. The content of the data is compared, not the file's name.
 MAY_CHANGE = {"out", "data", "chunk", "recompute", "save_every"}
@@ -212,6 +216,12 @@ def check_settings(cfg: Config) -> None:
     check(not alone, f"--normalize group divides the only weight of a prompt by itself; {advice}")
     both_or_neither = (cfg.refresh == 0) == (cfg.refresh_steps == 0)
     check(both_or_neither, "--refresh and --refresh_steps must both be 0, or neither")
+    samples = cfg.replay == 0 or cfg.temperature > 0
+    check(
+        samples,
+        "--replay needs rollouts that are samples, not the most probable tokens; set "
+        "--temperature 1",
+    )
     alike = cfg.normalize == "group" and cfg.temperature == 0
     advice = "set --temperature 1"
     check(not alike, f"--normalize group at temperature 0 compares equal completions; {advice}")
@@ -245,7 +255,7 @@ def train(run: "Run", watch: Callable[["Run"], None] | None = None) -> None:
                     fill_buffer(run, cfg.refresh)
                 run.student.train()  # rollouts have left it in eval mode
                 sums = torch.zeros(4, dtype=torch.float64, device=ranks.device)
-                for micro_batch in buffer.micro_batches(state.h):  # 3. masked completions
+                for micro_batch in buffer.micro_batches(state.a, state.h):  # 3. masked completions
                     at = trained_positions(run, micro_batch)
                     losses = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)  # 4. (M,)
                     loss = (at.share * losses).sum()  # a mean per completion, then a sum
@@ -375,6 +385,9 @@ class Buffer:
     data     row (N,): indices of the training rows; x1 (N, L): completions, on the device; r (N,):
              rewards, and solved (N,): 1 for right ones, float64; the oldest rollouts come first
     pending  rollouts in progress, with the same keys, and done (1,), the number of finished ones
+    kept     with --replay one dict for each earlier phase, the oldest first: the keys of data, and
+             the key "a" (1,), the tilt of the teacher that drew the rollouts; n is the number of
+             rollouts in kept and data together
     cursor   how many prompts have been taken from this rank's list, skipped ones included
     skipped  how many of them were too long
     """
@@ -394,6 +407,7 @@ class Buffer:
         self.skipped = 0  # prompts that were too long
         self.data: dict[str, Tensor] = {}
         self.pending: dict[str, Tensor] = {}
+        self.kept: list[dict[str, Tensor]] = []
         self.encoded: dict[int, list[int]] = {}
 
     def prompt(self, row: int) -> list[int]:
@@ -460,32 +474,83 @@ class Buffer:
             self.pending["solved"][i] = solved
         self.pending["done"] += len(batch)
 
-    def weights(self, h: float) -> Tensor:
-        """Return w = e^{h r} (D1), (N,), divided by a mean as --normalize says."""
-        r, row = self.data["r"], self.data["row"]
+    def end_phase(self, a: float) -> None:
+        """End the phase that began at tilt a. With --replay K its last rollouts are kept, and
+        only those of the last K phases stay; otherwise all are dropped."""
+        if self.cfg.replay:
+            kept = self.data | {"a": torch.tensor([a], dtype=torch.float64)}
+            self.kept = [*self.kept, kept][-self.cfg.replay :]
+        self.data = {}
+
+    def column(self, key: str) -> Tensor:
+        """Return the values of a key: those of the kept phases, then those of data, n in all."""
+        return torch.cat([*[phase[key] for phase in self.kept], self.data[key]])
+
+    def phase_weights(self, a: float) -> Tensor:
+        """Return the weights u (n,), float64, with which this rank picks rollouts at tilt a (ours).
+
+        The present rollouts have u = 1. Each kept phase at tilt a_j is normalised on its own: v is
+        e^{(a - a_j) r} divided by its sum over the phase's rollouts on all ranks, ESS = 1 / sum v^2
+        is their effective sample size, and u = ESS v. So a kept phase counts as much as ESS new
+        rollouts. (D13) itself would need an f_j for each prompt, because each prompt has its own
+        rho_0, and there are too few completions per prompt for that. For
+        one prompt and phase, v is rho_a / rho_{a_j} up to a constant. The constants change how
+        often prompts are picked, in favour of those with high rewards; they do not change the
+        posterior that the rollouts of a prompt teach.
+        """
+        parts = []
+        for phase in self.kept:
+            exponent = (a - float(phase["a"])) * phase["r"]
+            everywhere = self.gathered(exponent)
+            v = (exponent - everywhere.logsumexp(0)).exp()
+            parts.append(v / everywhere.log_softmax(0).mul(2).exp().sum())
+        return torch.cat([*parts, torch.ones_like(self.data["r"])])
+
+    def weights(self, h: float, u: Tensor) -> Tensor:
+        """Return w = e^{h r} (D1), (n,), divided by a mean as --normalize says.
+
+        Once earlier phases are kept, the mean is weighted by u (n,) on each rank: it is the
+        expectation of the weight of a picked rollout.
+        """
+        r, row = self.column("r"), self.column("row")
         if self.cfg.normalize == "none":
             return tilt_weight(r, h)
         if self.cfg.normalize == "batch":  # the mean over all ranks
             start = self.ranks.rank * len(r)
-            return tilt_weight(self.from_all_ranks("r"), h, normalize=True)[start : start + len(r)]
+            w = tilt_weight(self.gathered(r), h, normalize=True)[start : start + len(r)]
+            if self.kept:
+                w = w / self.gathered((u @ w / u.sum())[None]).mean()
+            return w
         w = torch.empty_like(r)
         for prompt in row.unique():  # the mean over a prompt's completions
-            w[row == prompt] = tilt_weight(r[row == prompt], h, normalize=True)
+            same = row == prompt
+            w[same] = tilt_weight(r[same], h, normalize=True)
+            if self.kept:
+                w[same] *= u[same].sum() / (u[same] @ w[same])
         return w
 
-    def micro_batches(self, h: float) -> list[MicroBatch]:
-        """Draw and mask batch x accum different rollouts, in micro-batches of similar length.
+    def draw(self, u: Tensor) -> list[int]:
+        """Return the indices of batch x accum rollouts. They are distinct and uniform, or, once
+        earlier phases are kept, picked with replacement with probability u / sum u; u is (n,)."""
+        device, size = self.ranks.device, self.cfg.batch * self.cfg.accum
+        if self.kept:
+            u = u.to(device, torch.float32)
+            return u.multinomial(size, replacement=True, generator=self.generator).tolist()
+        shuffled = torch.randperm(len(u), generator=self.generator, device=device)
+        return shuffled[:size].tolist()
+
+    def micro_batches(self, a: float, h: float) -> list[MicroBatch]:
+        """Draw and mask batch x accum rollouts for tilt a, in micro-batches of similar length.
 
         Completions whose active block lies past their end have no trained position. They are left
         out of the micro-batches, but they count in the mean over completions.
         """
         cfg, device = self.cfg, self.ranks.device
-        shuffled = torch.randperm(len(self.data["r"]), generator=self.generator, device=device)
-        row = self.data["row"].tolist()
-        drawn = shuffled[: cfg.batch * cfg.accum].tolist()
-        drawn = sorted(drawn, key=lambda i: len(self.prompt(row[i])))
-        w = self.weights(h).to(device, torch.float32)[drawn]
-        x1 = self.data["x1"][drawn]
+        u = self.phase_weights(a)
+        row = self.column("row").tolist()
+        drawn = sorted(self.draw(u), key=lambda i: len(self.prompt(row[i])))
+        w = self.weights(h, u).to(device, torch.float32)[drawn]
+        x1 = self.column("x1")[drawn]
         mask_id = self.model.config["mask_token_id"]
         xt, mask = mask_blockwise(x1, mask_id, cfg.block, self.generator)
         if not cfg.past_end:
@@ -503,8 +568,12 @@ class Buffer:
         return batches
 
     def from_all_ranks(self, key: str) -> Tensor:
-        """Return (ranks N,): a column of all ranks' buffers, on the CPU."""
-        return self.ranks.gather(self.data[key].to(self.ranks.device)).cpu()
+        """Return (ranks N,): a key of `data` of all ranks' buffers, on the CPU."""
+        return self.gathered(self.data[key])
+
+    def gathered(self, t: Tensor) -> Tensor:
+        """Return the tensors of all ranks, concatenated, on the CPU."""
+        return self.ranks.gather(t.to(self.ranks.device)).cpu()
 
 
 def complete(
@@ -699,7 +768,7 @@ def end_phase(run: Run) -> None:
     run.teacher.load_state_dict(tuned)
     run.student.load_state_dict(tuned)
     begin_phase(run)
-    run.buffer.data = {}
+    run.buffer.end_phase(run.state.a)
     run.state.a += run.state.h
     run.state.phase += 1
     run.state.step = 0
@@ -724,6 +793,8 @@ def save(run: Run) -> None:
         shared |= with_prefix(f"optimizer.{i}.", moments)
     buffer, cuda = run.buffer, run.ranks.cuda
     own = with_prefix("buffer.", buffer.data) | with_prefix("pending.", buffer.pending)
+    for i, phase in enumerate(buffer.kept):
+        own |= with_prefix(f"kept.{i}.", phase)
     own["cursor"] = torch.tensor([buffer.cursor, buffer.skipped])
     own["generator"] = buffer.generator.get_state()
     own["dropout"] = (torch.cuda if cuda else torch).get_rng_state()
@@ -758,7 +829,9 @@ def resume(run: Run) -> None:
     buffer = run.buffer
     buffer.data = without_prefix("buffer.", own)
     buffer.pending = without_prefix("pending.", own)
-    for rollouts in (buffer.data, buffer.pending):
+    while phase := without_prefix(f"kept.{len(buffer.kept)}.", own):
+        buffer.kept.append(phase)
+    for rollouts in (buffer.data, buffer.pending, *buffer.kept):
         if rollouts:
             rollouts["x1"] = rollouts["x1"].to(run.ranks.device)
     buffer.cursor, buffer.skipped = own["cursor"].tolist()

@@ -1,6 +1,6 @@
 """The maze lab: Discrete Tilt Matching on a problem where every number is known exactly.
 
-    python maze_lab.py                 train by six methods, print a table, and draw a figure
+    python maze_lab.py                 train by seven methods, print a table, and draw a figure
     python maze_lab.py --ablate cv     compare control variates; or vary another part of the method:
                                        the number of phases (anneal), the form of the loss (loss),
                                        the decoding order (sampler), or the choice of h (ess)
@@ -29,7 +29,7 @@ THE BASE MODEL is a small masked diffusion transformer. It is trained on the pat
 that drifts away from the goal, so it rarely succeeds. There are only 4^6 = 4,096 paths and
 5^6 = 15,625 partly masked states, so the distributions below are computed and not estimated.
 
-GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
+GLOSSARY (the equations (D1) to (D13) are those of dtm.py)
     V, L, P       there are V possible moves, L moves in a path, and P shortest paths
     B, M          a batch has B paths with M masked positions altogether
     r             the reward of a path
@@ -45,6 +45,9 @@ GLOSSARY (the equations (D1) to (D12) are those of dtm.py)
     teacher       the model at tilt a, which draws paths, called rollouts
     student       the model that is trained on the rollouts until it is at tilt a + h
     w             the weight e^{h r} of a rollout
+    replay, u     with replay, batches are drawn from all rollouts so far, with probabilities
+                  proportional to u (D13)
+    N             the number of rollouts in use: n, or with replay those of all phases so far
     c             the coefficient of the control variate, a term of mean zero that lowers the noise
                   of the gradient (D3); c(xt, i) is a coefficient for position i of the state xt
     arm           one method of the comparison; all arms may use the same number of rollouts and
@@ -60,8 +63,8 @@ list `rows` has an entry with these keys for each arm and seed.
     kl_modes  KL(rho_A given r = 1 || rho_theta given r = 1)
     target_success, target_modes, target_paths   the same numbers for rho_A
     a, h      the tilt at the end; the increment of the last phase
-    ess       the effective sample size of the last phase, as a share of its rollouts (D9); null for
-              the arm "reward only", a policy gradient that has r - mean r in place of w
+    ess       the effective sample size of the last phase, as a share of the rollouts in use
+              (D9); null for the arm "reward only", a policy gradient that has r - mean r for w
     seconds   the training time of the arm
     trace     a list of the same metrics after every phase, where `a` is the tilt at the end of the
               phase, and rho_a is the target
@@ -151,6 +154,8 @@ class Arm:
     reward_only: bool = False  # whether r - mean r replaces w, which gives a policy gradient
     lr: float | None = None  # None stands for Config.lr.
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
+    replay: bool = False  # whether the rollouts of earlier phases are used again, by (D13)
+    decay: float = 1.0  # below 1 early phases draw more rollouts than late ones; see `phase_sizes`
 
 
 def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
@@ -167,9 +172,11 @@ BEST_SCALAR, LEARNED = Arm("best scalar c", c=FittedC.SCALAR), Arm("learned c")
 REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
-MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED]
+REPLAY = Arm("replay", replay=True, decay=0.7)
+MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED, REPLAY]
+# Whose an arm is; the main figure shows it.
 ORIGIN = {REWARD_ONLY.name: "not DTM", C_0.name: "paper", C_1.name: "paper"}
-ORIGIN |= {arm.name: "ours" for arm in (ONE_JUMP, BEST_SCALAR, LEARNED)}  # shown in the figure
+ORIGIN |= dict.fromkeys([arm.name for arm in (ONE_JUMP, BEST_SCALAR, LEARNED, REPLAY)], "ours")
 ABLATIONS = {
     "anneal": [*[Arm(f"K = {K}", phases=K) for K in (1, 2, 4, 8, 16, 32)], ADAPTIVE_H],
     "cv": [C_0, paper_arm("c = 0.5", c=0.5), C_1, SELF_NORMALIZED, BEST_SCALAR, LEARNED],
@@ -199,9 +206,9 @@ class Phase:
 
     a: float  # the tilt at the start of the phase
     h: float  # its increment
-    x1: Tensor  # (n, L) the rollouts of the teacher
-    r: Tensor  # (n,) their rewards
-    w: Tensor  # (n,) their weights
+    x1: Tensor  # (N, L) the rollouts of the teacher, and with replay those of earlier phases
+    r: Tensor  # (N,) their rewards
+    w: Tensor  # (N,) their weights w; with replay u w, where u is the weight of the draw
     student: "MazeNet"
     teacher: dtm.Table  # the model at tilt a
     next_teacher: dtm.Table  # the model at tilt a + h: the student as a table
@@ -226,7 +233,8 @@ def tilt(
     optimizer = adam(student)  # Its state is kept over the phases; the authors' code clears it.
     control = make_control(arm, maze.L, device)
     a = 0.0
-    plan = phase_sizes(cfg, arm.phases or cfg.phases)
+    plan = phase_sizes(cfg, arm.phases or cfg.phases, arm.decay)
+    drawn = []  # (a, x1, r) of each phase whose rollouts are in use
     for k, (n, steps) in enumerate(plan):
         peak_lr = (arm.lr or cfg.lr) * (1 - 0.8 * k / len(plan))  # Later phases move less.
         # 2. Draw rollouts from the teacher, compute their rewards, and weight them.
@@ -235,14 +243,23 @@ def tilt(
         *_, x1 = dtm.sample(teacher, blank, MASK, order=arm.order, generator=noise)
         r = maze.reward(x1)  # (n,)
         h = min(choose_h(a, r), cfg.a_end - a)  # The last increment ends at A.
-        w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (n,)  (D1)
+        drawn = [*drawn, (a, x1, r)] if arm.replay else [(a, x1, r)]
+        tilts, paths, rewards = zip(*drawn, strict=True)
+        x1, r = torch.cat(paths), torch.cat(rewards)
+        u = dtm.replay_weights(rewards, tilts, a)  # (N,)  (D13); all are 1 without replay
+        w = dtm.tilt_weight(r, h, normalize=arm.normalize)  # (N,)  (D1)
+        if arm.replay and arm.normalize:
+            w = w / (u * w).mean()  # so that the weights of a batch have mean 1
         if arm.reward_only:
             w = r - r.mean()  # The loss then gives a policy gradient, with the bound (D6) in
             # place of the log-probability of a path.
         for step in range(steps):
             # 3. Mask a batch. The indices are computed once, because `nonzero` makes the CPU wait
             #    for the GPU.
-            chosen = torch.randint(n, (cfg.batch,), generator=noise, device=device)  # (B,)
+            if arm.replay:
+                chosen = u.multinomial(cfg.batch, replacement=True, generator=noise)  # (B,)
+            else:
+                chosen = torch.randint(n, (cfg.batch,), generator=noise, device=device)  # (B,)
             xt, mask = dtm.mask_random(x1[chosen], MASK, noise)  # (B, L) each
             positions = mask.nonzero(as_tuple=True)  # rows and columns of the M masked positions
             row = positions[0]  # (M,)
@@ -263,25 +280,31 @@ def tilt(
         # 5. Make the student the teacher of the next phase.
         next_teacher = tabulate(student, maze.L)
         models = {"student": student, "teacher": teacher, "next_teacher": next_teacher}
-        yield Phase(a=a, h=h, x1=x1, r=r, w=w, control=control, **models)
+        yield Phase(a=a, h=h, x1=x1, r=r, w=u * w, control=control, **models)
         teacher = next_teacher
         a += h
         if a >= cfg.a_end * (1 - 1e-9):
             break  # 6. Stop when the tilt is A.
 
 
-def phase_sizes(cfg: Config, phases: int) -> list[tuple[int, int]]:
+def phase_sizes(cfg: Config, phases: int, decay: float = 1.0) -> list[tuple[int, int]]:
     """Return the numbers of rollouts and of gradient steps of each phase.
 
     The last phase is `cfg.last` times as long as an ordinary phase, so that the run has the length
-    of phases - 1 + cfg.last ordinary phases.
+    of phases - 1 + cfg.last ordinary phases. With decay < 1 this holds for the gradient steps only:
+    a quarter of the rollouts is divided equally among all phases, and of the rest each phase draws
+    `decay` times as many as the phase before.
     """
+    lengths = [1.0] * (phases - 1) + [cfg.last]
+    geometric = [decay**k for k in range(phases)]
+    front = [0.25 / phases + 0.75 * part / sum(geometric) for part in geometric]
 
-    def sizes(total: int) -> list[int]:
-        ends = [round(total * k / (phases - 1 + cfg.last)) for k in range(phases)] + [total]
+    def sizes(total: int, parts: list[float]) -> list[int]:
+        ends = [round(total * sum(parts[:k]) / sum(parts)) for k in range(phases)] + [total]
         return [end - start for start, end in itertools.pairwise(ends)]
 
-    return list(zip(sizes(cfg.rollouts), sizes(cfg.steps), strict=True))
+    rollouts = sizes(cfg.rollouts, lengths if decay == 1 else front)
+    return list(zip(rollouts, sizes(cfg.steps, lengths), strict=True))
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
@@ -621,13 +644,20 @@ def run_base(cfg: Config, seed: int, device: str) -> dict:
 
 
 def run_arm(
-    cfg: Config, arm: Arm, base: dict, device: str, extra_metrics: Callable | None = None
+    cfg: Config,
+    arm: Arm,
+    base: dict,
+    device: str,
+    extra_metrics: Callable | None = None,
+    noise_seed: int | None = None,
 ) -> dict:
     """Run one arm on one base model, and return its row of the result.
 
     extra_metrics(phase, evaluation, arm) may return further metrics for the record of a phase.
+    noise_seed is the seed of rollouts and batches; None stands for that of the base model.
     """
-    maze, seed = make_maze(cfg, base["seed"]), base["seed"]
+    maze = make_maze(cfg, base["seed"])
+    seed = base["seed"] if noise_seed is None else noise_seed
     net = base["net"].to(device)
     evaluation = ExactEvaluation(maze, tabulate(net, maze.L))
     trace = []
@@ -636,7 +666,7 @@ def run_arm(
         if extra_metrics:
             record |= extra_metrics(phase, evaluation, arm)
         trace.append(record)
-    return {"arm": arm.name, "seed": seed, **trace[-1], "trace": trace}
+    return {"arm": arm.name, "seed": base["seed"], **trace[-1], "trace": trace}
 
 
 def follow(phases: Iterator[Phase], evaluation: ExactEvaluation) -> Iterator[tuple[Phase, dict]]:
@@ -814,7 +844,7 @@ def draw(result: dict, file: Path) -> None:
             axis.text(place, 0.03, f"{mean_and_error(rows, 'success')[0]:.1g}", ha="center")
     axis.set_title(title_of(result), fontsize=11)
     labels = [f"{name}\n({ORIGIN[name]})" if name in ORIGIN else name for name in groups]
-    axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 9 else 20)
+    axis.set_xticks(range(len(groups)), labels, rotation=0 if len(groups) < 10 else 20)
     axis.set_ylim(0, 1.1)
     axis.set_ylabel("probability of the shortest paths\n(one bar per seed, one shade per path)")
     write_then_rename(file, lambda temporary: figure.savefig(temporary, dpi=200))
@@ -889,10 +919,11 @@ def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespac
             parser.error(f"--{name.replace('_', '-')} {value} is not positive and finite.")
     if cfg.width % 2:
         parser.error(f"--width {cfg.width} is odd; two attention heads divide it.")
-    most = max(arm.phases or cfg.phases for arm in args.arms)
-    if min(cfg.steps, cfg.rollouts) * min(1, cfg.last) < most - 1 + cfg.last:
-        advice = "raise these or lower --phases"
-        parser.error(f"{most} phases need more --steps and --rollouts; {advice}.")
+    for arm in args.arms:
+        phases = arm.phases or cfg.phases
+        if min(min(sizes) for sizes in phase_sizes(cfg, phases, arm.decay)) < 1:
+            advice = "raise these or lower --phases"
+            parser.error(f"{phases} phases need more --steps and --rollouts; {advice}.")
     return cfg, args
 
 

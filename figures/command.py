@@ -21,6 +21,7 @@ COLOURS = {
     "c = 1, self-normalized": "#56B4E9",
     "best scalar c": "#009E73",
     "learned c": "#CC79A7",
+    "replay": "#117733",
     "random order": "#CC79A7",  # the order of all arms above
     "top-probability order": "#332288",
     "low-confidence remasking": "#882255",

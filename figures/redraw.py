@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import maze_lab
-from figures import antibody, control_variate, decoding_order, phases, toy_llada
+from figures import antibody, control_variate, decoding_order, phases, replay, toy_llada
 from figures.rivals import compare
 
 DRAW = {
@@ -17,6 +17,7 @@ DRAW = {
     "phases": phases.draw,
     "control_variate": control_variate.draw,
     "decoding_order": decoding_order.draw,
+    "replay": replay.draw,
     "rivals": compare.draw,
     "antibody": antibody.draw,
     "toy": toy_llada.draw,

@@ -226,8 +226,10 @@ def finish(run: finetune.Run, record: dict) -> None:
 
 # ---- 3. The figure ------------------------------------------------------------------------------
 NAMES = {"learned": "learned c", "best": "best scalar c"}
-KEPT = ("kind", "split", "phase", "total", "n", "solved", "solved_se", "cells", "cells_se")
-KEPT += ("reward", "a", "ess", "kl", "c", "grad_norm")
+KEPT = {  # by the kind of a record
+    "step": ("kind", "total", "grad_norm"),
+    "eval": ("kind", "split", "phase", "total", "a", "n", "solved", "solved_se", "reward"),
+}
 
 
 def read_log(run: Path) -> list[dict]:
@@ -241,8 +243,12 @@ def collect(runs: list[Path]) -> dict:
     """Return what the figure needs of the runs' folders."""
     found = []
     for run in runs:
-        log = [{k: v for k, v in record.items() if k in KEPT} for record in read_log(run)]
-        found.append({"run": run.name, "settings": read_json(run / "config.json"), "log": log})
+        records = read_log(run)
+        log = [{k: record[k] for k in KEPT[record["kind"]]} for record in records]
+        seconds = [record["seconds"]["rollout"] for record in records if record["kind"] == "step"]
+        settings = read_json(run / "config.json")
+        more = {"settings": settings, "rollout_seconds": seconds[-1] if seconds else 0.0}
+        found.append({"run": run.name, **more, "log": log})
     command = " ".join(["python -m figures.toy_llada", *sys.argv[1:]])
     return {"command": command, "runs": found}
 
@@ -259,13 +265,33 @@ def median_of(runs: list[dict], key: str, kind: str) -> Tensor:
     ]
 
 
-def by_control_variate(result: dict) -> dict[str, list[dict]]:
-    """Return the runs of each arm under its name."""
+def by_arm(result: dict) -> dict[str, list[dict]]:
+    """Return the runs of each arm under its name: c, and what differs from the preset."""
     arms = {}
     for run in result["runs"]:
-        kind = run["settings"]["c"]
-        arms.setdefault(NAMES.get(kind, f"c = {kind}"), []).append(run)
+        settings = run["settings"]
+        name = NAMES.get(settings["c"], f"c = {settings['c']}")
+        if settings.get("replay"):
+            name += f", replay {settings['replay']}"
+        if settings["prompts"] != Toy.preset["prompts"]:
+            name += f", {settings['prompts']} rollouts"
+        arms.setdefault(name, []).append(run)
     return arms
+
+
+def table(result: dict) -> str:
+    """Return a Markdown table with one line per arm: means and standard errors over its runs."""
+    titles = ("test puzzles solved", "median gradient norm", "seconds of rollouts")
+    lines = [f"| arm | runs | {' | '.join(titles)} |", "|---|--:|--:|--:|--:|"]
+    for name, runs in by_arm(result).items():
+        norms = [float(torch.tensor(series(run, "grad_norm", "step")).median()) for run in runs]
+        seconds = [run["rollout_seconds"] for run in runs]
+        cells = [name, str(len(runs))]
+        for values, digits in ((best_scores(runs), 3), (norms, 3), (seconds, 0)):
+            error = torch.tensor(values).std() / len(values) ** 0.5
+            cells.append(f"{sum(values) / len(values):.{digits}f} ± {error:.{digits}f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def best_scores(runs: list[dict]) -> list[float]:
@@ -273,13 +299,14 @@ def best_scores(runs: list[dict]) -> list[float]:
     scores = []
     for run in runs:
         valid, test = series(run, "solved", "valid"), series(run, "solved", "test")
+        valid = valid[: len(test)]  # A run in progress may lack the last test score.
         scores.append(test[valid.index(max(valid))])
     return scores
 
 
 def title_of(result: dict) -> str:
     """Return the claim of the figure where both of its arms are there."""
-    arms = by_control_variate(result)
+    arms = by_arm(result)
     if set(arms) != {"learned c", "c = 1"}:
         return "Puzzles solved and norm of the gradient along the run"
     learned, one = [sum(s) / len(s) for s in map(best_scores, (arms["learned c"], arms["c = 1"]))]
@@ -289,7 +316,7 @@ def title_of(result: dict) -> str:
 def draw(result: dict, path: Path) -> Path:
     """Draw the puzzles solved by phase, and the gradient's norm along the run."""
     figure, (solved, norm) = command.new_figure(columns=2, height=3.4)
-    for name, runs in by_control_variate(result).items():
+    for name, runs in by_arm(result).items():
         look = {"color": command.COLOURS.get(name, "#0072B2"), "lw": 2}
         for run in runs:
             solved.plot(series(run, "solved", "test"), "o", ms=4, alpha=0.4, color=look["color"])
@@ -332,6 +359,7 @@ def main(argv: list[str] | None = None) -> None:
     check(not given, "--draw trains nothing; leave out the settings")
     folder = folder or Path("figures")
     result = collect(runs)
+    print(table(result))
     write_file(folder / "data" / "toy.json", json.dumps(result) + "\n")
     print("wrote", draw(result, folder / "toy.png"))
 

@@ -99,7 +99,7 @@ def make_run(folder: Path, seed: int, recompute: bool) -> finetune.Run:
 def optimizer_step(run: finetune.Run) -> None:
     """Take one step as `llada_finetune.train` does, without its log."""
     run.student.train()
-    for batch in run.buffer.micro_batches(h=1.0):
+    for batch in run.buffer.micro_batches(a=0.0, h=1.0):
         at = finetune.trained_positions(run, batch)
         loss = c_dtm_loss(at.logits, at.logits_a, at.x1, at.w, at.c)
         ((at.share * loss).sum() / run.cfg.batch).backward()

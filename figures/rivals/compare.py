@@ -59,6 +59,7 @@ class Method:
 
 METHODS = [
     Method("c-DTM, learned c", 7e-3, arm=lab.LEARNED),
+    Method("c-DTM, replay", 7e-3, arm=lab.REPLAY),
     Method("c-DTM, closed loop", 7e-3, arm=lab.LEARNED, closed_loop=True),
     Method("c-DTM, c = 1", 7e-3, arm=lab.C_1),
     Method("DMPO, u", 1e-3, rivals.dmpo, rounds=2048, prepare=rivals.dmpo_u),

@@ -141,6 +141,15 @@ def test_three_ranks_resume_bit_for_bit(base, tmp_path):
     check_same(stopped, uninterrupted)
 
 
+def test_two_ranks_with_replay_resume_bit_for_bit(base, tmp_path):
+    uninterrupted, stopped = tmp_path / "uninterrupted", tmp_path / "stopped"
+    assert exit_codes([*short(base, uninterrupted), "--replay", "1"], "", "") == [0, 0]
+    argv = [*short(base, stopped), "--replay", "1"]
+    assert exit_codes(argv, "", "SIGTERM step 6") == [143, 143]  # in the second phase
+    assert exit_codes(argv, "", "") == [0, 0]
+    check_same(stopped, uninterrupted)
+
+
 def test_ranks_share_neither_prompts_nor_random_numbers(ranks, base):
     last = tensors_of(ranks[0] / "uninterrupted" / names(ranks[0] / "uninterrupted")[-1])
     for name in ("generator", "dropout"):
