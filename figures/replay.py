@@ -1,6 +1,6 @@
 """Replay uses the rollouts of earlier phases again; this compares it with fresh rollouts only.
 
-    python -m figures.replay     10 random mazes; 25 minutes on 2 cores
+    python -m figures.replay --seeds 10     10 random mazes; about 20 minutes on 2 cores
 
 All arms have a learned c and the same numbers of rollouts and gradient steps. The arm "replay"
 differs from "learned c" in two ways: it uses the rollouts of earlier phases again (D13), and early
@@ -9,7 +9,6 @@ Each maze has one base model, from which all its runs start: three runs of "lear
 "replay", and one run of each other arm. Runs differ in the noise of rollouts and batches.
 """
 
-import argparse
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,45 +37,34 @@ def run_of_arm(cfg: lab.Config, arm: Run, base: dict, device: str) -> dict:
     return lab.run_arm(cfg, arm, base, device, noise_seed=seed) | {"run": arm.run}
 
 
-def by_maze(rows: list[dict], value) -> dict[int, float]:
-    """Return for each maze the mean over its runs of value(row)."""
-    mazes = sorted({row["seed"] for row in rows})
-    return {
-        maze: statistics.mean(value(row) for row in rows if row["seed"] == maze) for maze in mazes
-    }
+def by_maze(rows: list[dict]) -> dict[int, dict[str, float]]:
+    """Return for each maze `kl` and `kept`, each a mean over the runs of an arm.
+
+    `kept` is the effective number of shortest paths of a run, divided by the target's.
+    """
+    means = {}
+    for maze in sorted({row["seed"] for row in rows}):
+        runs = [row for row in rows if row["seed"] == maze]
+        share = statistics.mean(row["modes"] / row["target_modes"] for row in runs)
+        means[maze] = {"kl": statistics.mean(row["kl"] for row in runs), "kept": share}
+    return means
 
 
-def divergence(row: dict) -> float:
-    return row["kl"]
-
-
-def kept(row: dict) -> float:
-    """Return the effective number of shortest paths of a run, divided by the target's."""
-    return row["modes"] / row["target_modes"]
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Return the mean over mazes and its standard error, NaN for a single maze."""
-    many = len(values) > 1
-    error = statistics.stdev(values) / len(values) ** 0.5 if many else float("nan")
-    return statistics.mean(values), error
+def over_mazes(rows: list[dict], key: str) -> str:
+    """Return the mean over mazes of a key of `by_maze` and its standard error."""
+    return "{:.3f} ± {:.3f}".format(*lab.mean_and_error([*by_maze(rows).values()], key))
 
 
 def table(result: dict) -> str:
     """Return a Markdown table with one line per maze, and the means."""
     arms = lab.by_arm(result)
-    success = {base["seed"]: base["success"] for base in result["bases"]}
-    columns = [by_maze(arms[arm.name], value) for value in (divergence, kept) for arm in ARMS]
-    lines = [
-        "| maze | base success | KL, learned c | KL, replay | kept, learned c | kept, replay |"
-    ]
-    lines += ["|---|--:|--:|--:|--:|--:|"]
-    for maze in success:
-        cells = [f"{column[maze]:.3f}" for column in columns]
-        lines.append(f"| {maze} | {success[maze]:.5f} | {' | '.join(cells)} |")
-    means = []
-    for column in columns:
-        means.append("{:.3f} ± {:.3f}".format(*mean_and_error([*column.values()])))
+    columns = [(arms[arm.name], key) for key in ("kl", "kept") for arm in ARMS]
+    names = [f"{key}, {arm.name}" for key in ("KL", "kept") for arm in ARMS]
+    lines = [f"| maze | base success | {' | '.join(names)} |", "|---|--:|--:|--:|--:|--:|"]
+    for base in result["bases"]:
+        cells = [f"{by_maze(rows)[base['seed']][key]:.3f}" for rows, key in columns]
+        lines.append(f"| {base['seed']} | {base['success']:.5f} | {' | '.join(cells)} |")
+    means = [over_mazes(rows, key) for rows, key in columns]
     return "\n".join([*lines, f"| mean | | {' | '.join(means)} |"])
 
 
@@ -85,31 +73,28 @@ def summary(result: dict) -> str:
     lines = ["| arm | runs per maze | KL(target, model) | kept, on the maze where it is lowest |"]
     lines += ["|---|--:|--:|--:|"]
     for name, rows in lab.by_arm(result).items():
-        mean, error = mean_and_error([*by_maze(rows, divergence).values()])
-        worst = min(by_maze(rows, kept).values())
+        worst = min(means["kept"] for means in by_maze(rows).values())
         runs = len(rows) // len(result["bases"])
-        lines.append(f"| {name} | {runs} | {mean:.3f} ± {error:.3f} | {worst:.2f} |")
+        lines.append(f"| {name} | {runs} | {over_mazes(rows, 'kl')} | {worst:.2f} |")
     return "\n".join(lines)
 
 
-def paired(result: dict) -> dict[str, float]:
-    """Return how replay changes the KL: mean and error over mazes, and on how many it is lower."""
+def changes(result: dict) -> list[dict[str, float]]:
+    """Return for each maze, under the key kl, the KL with replay minus the KL without."""
     arms = lab.by_arm(result)
-    fresh, again = (by_maze(arms[arm.name], divergence) for arm in ARMS)
-    changes = [again[maze] - fresh[maze] for maze in fresh]
-    mean, error = mean_and_error(changes)
-    lower = sum(change < 0 for change in changes)
-    return {"mean": mean, "error": error, "lower": lower, "of": len(changes)}
+    fresh, again = (by_maze(arms[arm.name]) for arm in ARMS)
+    return [{"kl": again[maze]["kl"] - fresh[maze]["kl"]} for maze in fresh]
 
 
 def title_of(result: dict) -> str:
     """Return the claim of the figure."""
     arms = lab.by_arm(result)
-    fresh, again = (by_maze(arms[arm.name], divergence).values() for arm in ARMS)
-    lower = paired(result)
+    fresh, again = (command.mean([*by_maze(arms[arm.name]).values()], "kl") for arm in ARMS)
+    differences = changes(result)
+    closer = sum(change["kl"] < 0 for change in differences)
     return (
-        f"Mean KL {statistics.mean(again):.2f} nats with replay and {statistics.mean(fresh):.2f} "
-        f"without; replay is closer on {lower['lower']} of {lower['of']} mazes"
+        f"Mean KL {again:.2f} nats with replay and {fresh:.2f} without; "
+        f"replay is closer on {closer} of {len(differences)} mazes"
     )
 
 
@@ -119,14 +104,15 @@ def draw(result: dict, path: Path) -> None:
     arms = lab.by_arm(result)
     order = sorted(result["bases"], key=lambda base: base["success"])
     place = {base["seed"]: i for i, base in enumerate(order)}
-    labels = ("KL(target, model), nats", "share of the target's paths kept")
-    for axis, value, label in zip(panels, (divergence, kept), labels, strict=True):
+    labels = {"kl": "KL(target, model), nats", "kept": "share of the target's paths kept"}
+    for axis, (key, label) in zip(panels, labels.items(), strict=True):
         for arm in ARMS:
             rows, colour = arms[arm.name], COLOURS[arm.name]
-            xs = [place[row["seed"]] for row in rows]
-            axis.plot(xs, [value(row) for row in rows], ".", color=colour, alpha=0.5)
-            means = by_maze(rows, value)
-            middle = [means[base["seed"]] for base in order]
+            for row in rows:
+                [run] = by_maze([row]).values()
+                axis.plot(place[row["seed"]], run[key], ".", color=colour, alpha=0.5)
+            means = by_maze(rows)
+            middle = [means[base["seed"]][key] for base in order]
             axis.plot(range(len(order)), middle, "o", ms=7, color=colour, label=arm.name)
         names = [f"{base['seed']}\n{base['success']:.0e}" for base in order]
         axis.set_xticks(range(len(order)), names, fontsize=7)
@@ -139,16 +125,10 @@ def draw(result: dict, path: Path) -> None:
     command.save_figure(figure, title_of(result), path)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def main(argv: list[str] | None = None) -> None:
     parser = command.make_parser(__doc__)
-    parser.set_defaults(seeds=10)
     text = "Run the two arms of the figure this many times on each maze (default 3)."
     parser.add_argument("--runs", type=int, default=3, help=text)
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = make_parser()
     cfg, args = command.read_flags(parser, argv, "replay")
     if args.runs < 1:
         parser.error(f"--runs {args.runs} must be at least 1.")
@@ -158,7 +138,8 @@ def main(argv: list[str] | None = None) -> None:
     result = lab.experiment(cfg, arms, args, run_of_arm)
     print(table(result))
     print(summary(result))
-    print("KL with replay minus KL without:", paired(result))
+    mean, error = lab.mean_and_error(changes(result), "kl")
+    print(f"KL with replay minus KL without: {mean:.3f} +- {error:.3f}")
     command.save(result, args, draw)
 
 

@@ -105,9 +105,8 @@ def test_runs_are_averaged_per_maze_before_mazes_are_compared(tmp_path):
     lines = replay.table(result).splitlines()
     assert lines[2] == "| 0 | 0.01000 | 0.300 | 0.200 | 0.750 | 1.000 |"
     assert lines[4].startswith("| mean | | 0.650 ± 0.350 | 0.450 ± 0.250 |")
-    change = replay.paired(result)
-    assert change["mean"] == pytest.approx(-0.2) and change["error"] == pytest.approx(0.1)
-    assert (change["lower"], change["of"]) == (2, 2)
+    assert lab.mean_and_error(replay.changes(result), "kl") == pytest.approx((-0.2, 0.1))
+    assert replay.title_of(result).endswith("replay is closer on 2 of 2 mazes")
     replay.draw(result, tmp_path / "replay.png")
     assert (tmp_path / "replay.png").stat().st_size > 10_000
 

@@ -48,6 +48,19 @@ def test_each_phase_counts_with_its_effective_sample_size(base, tmp_path):
     assert torch.equal(u[2], torch.ones(7).double())
 
 
+def test_ranks_weight_a_phase_as_one_process_that_holds_all_of_it(base, tmp_path, monkeypatch):
+    noise = Generator().manual_seed(7)
+    r = torch.rand(12, generator=noise)
+    everything = {0.5: phase(r), 2.0: phase(torch.zeros(1))}
+    alone = buffer_of(base, tmp_path, everything).phase_weights(2.0)[:-1]
+    for part in (slice(0, 6), slice(6, 12)):
+        half = {0.5: phase(r[part]), 2.0: phase(torch.zeros(1))}
+        rank = buffer_of(base, tmp_path, half)
+        # The other rank's numbers arrive, as `Ranks.gather` would bring them.
+        monkeypatch.setattr(rank, "gathered", lambda own: (2.0 - 0.5) * r.double())
+        torch.testing.assert_close(rank.phase_weights(2.0)[:-1], alone[part])
+
+
 def test_a_constant_per_prompt_moves_no_minimiser(base, tmp_path):
     """Enumerate two prompts with rewards of their own: the weighted posterior of each is exact.
 
