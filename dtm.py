@@ -460,21 +460,21 @@ def replay_weights(rewards: list[Tensor], tilts: list[float], a: float) -> Tenso
     The weights have the order of torch.cat(rewards). Pick the rollouts of a batch with probability
     proportional to u, or multiply the loss of each one by u. Raise ValueError if there are no
     rollouts, if the lists differ in length, if a number is not finite, or if the tilts are so far
-    apart that the phases have hardly a reward in common. Ours.
+    apart that the rewards of the phases hardly overlap. Ours.
 
     Why: a rollout that is picked from all n at random has the distribution m(x) = sum_j (n_j / n)
     rho_{a_j}(x), and rho_{a_j} = rho_0 e^{a_j r} / E_0[e^{a_j r}]. In rho_a / m the unknown rho_0
-    cancels, and u is left, up to a factor that the division by the mean fixes. So with E_m for the
-    mean under m, E_m[u g] = E_a[g] for every function g, and E_m[u T | xt] is E_a[T | xt] times a
-    positive number that depends on xt only: the minimiser of the loss stays where it is. With
-    g = e^{(a_j - a) r}, E_a[g] is E_0[e^{a_j r}] / E_0[e^{a r}]; with the mean over the rollouts in
+    cancels; what remains is u, up to a factor, which dividing by the mean removes. So with E_m for
+    the mean under m, E_m[u g] = E_a[g] for every function g, and E_m[u T | xt] is E_a[T | xt] times
+    a positive number that depends on xt only: the minimiser of the loss stays where it is. With g =
+    e^{(a_j - a) r}, E_a[g] is E_0[e^{a_j r}] / E_0[e^{a r}]; with the mean over the rollouts in
     place of E_m, this is the equation for f_j. Since u is computed from the rollouts that it
     weights, weighted means have a bias of O(1/n).
 
     What it assumes: phase j drew from rho_{a_j}, and the teacher's posterior is that of rho_a. The
     weights do not repair a model that missed its tilt: they depend on the reward only, so they
-    never change the distribution of x given r. Then the weighted rollouts are not distributed as
-    the teacher's posterior says, and the control variate no longer has mean zero.
+    never change the distribution of x given r. If a teacher missed its tilt, the weighted rollouts
+    do not match its posterior, and the control variate no longer has mean zero.
     """
     check(len(rewards) == len(tilts), "replay_weights: give one tilt per list of rewards")
     check(sum(map(len, rewards)) > 0, "replay_weights: there are no rollouts")
@@ -492,41 +492,41 @@ def replay_weights(rewards: list[Tensor], tilts: list[float], a: float) -> Tenso
     return (log_u - (log_u + log_part).logsumexp(0)).exp()[which].to(r.device, upcast(r).dtype)
 
 
-def log_mixture(exponent: Tensor, share: Tensor, part: Tensor) -> Tensor:
-    """Return log sum_j share_j e^{exponent_j - f_j}, (R,), for the f_j of `replay_weights`.
+def log_mixture(exponent: Tensor, phase_share: Tensor, reward_share: Tensor) -> Tensor:
+    """Return log sum_j (n_j / n) e^{a_j r - f_j}, (R,), for the f_j of `replay_weights`.
 
-    exponent  (R, phases), a_j r for each of the R distinct rewards r
-    share     (phases,), n_j / n
-    part      (R,), the share of the rollouts that have this reward
+    exponent      (R, phases), a_j r for each of the R distinct rewards r
+    phase_share   (phases,), n_j / n
+    reward_share  (R,), the share p_r of all rollouts that have the reward r
 
-    The f_j minimise the convex function sum_r part log sum_j share_j e^{exponent_j - f_j} +
-    sum_j share_j f_j: its gradient is zero where the equation for f_j holds. Fifty iterations of
+    The f_j minimise sum_r p_r log sum_j (n_j / n) e^{a_j r - f_j} + sum_j (n_j / n) f_j. This is a
+    convex function, and its gradient is zero where the equation for f_j holds. Fifty iterations of
     that equation give a starting point. Newton's method follows; a step that does not lower the
     function is halved. Raise ValueError if this does not converge.
     """
 
     def log_mixture_at(f: Tensor) -> Tensor:
-        return (share.log() + exponent - f).logsumexp(1)
+        return (phase_share.log() + exponent - f).logsumexp(1)
 
     def objective(f: Tensor) -> Tensor:
-        return part @ log_mixture_at(f) + share @ f
+        return reward_share @ log_mixture_at(f) + phase_share @ f
 
-    f = part @ exponent
+    f = reward_share @ exponent
     for _ in range(50):
-        f = (part.log()[:, None] + exponent - log_mixture_at(f)[:, None]).logsumexp(0)
+        f = (reward_share.log()[:, None] + exponent - log_mixture_at(f)[:, None]).logsumexp(0)
     for _ in range(100):
-        p = (share.log() + exponent - f - log_mixture_at(f)[:, None]).exp()  # (R, phases)
-        gradient = share - part @ p
+        p = (phase_share.log() + exponent - f - log_mixture_at(f)[:, None]).exp()  # (R, phases)
+        gradient = phase_share - reward_share @ p
         if gradient.abs().max() < 1e-13:
             break
-        hessian = (part @ p).diag() - p.T @ (part[:, None] * p)
+        hessian = (reward_share @ p).diag() - p.T @ (reward_share[:, None] * p)
         step = torch.linalg.pinv(hessian, rtol=1e-13, hermitian=True) @ gradient
         size, least = 1.0, objective(f)
         while size > 1e-9 and objective(f - size * step) > least + 1e-13 * (1 + least.abs()):
             size /= 2
         f = f - size * step
     close = gradient.abs().max() < 1e-6
-    check(close, "replay_weights: the phases have hardly a reward in common; use smaller steps h")
+    check(close, "replay_weights: the rewards of the phases hardly overlap; use smaller steps h")
     return log_mixture_at(f)
 
 

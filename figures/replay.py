@@ -1,12 +1,12 @@
-"""Replay uses the rollouts of earlier phases again; this compares it with fresh rollouts only.
+"""Replay reuses the rollouts of earlier phases; this compares it with fresh rollouts only.
 
     python -m figures.replay --seeds 10     10 random mazes; about 20 minutes on 2 cores
 
 All arms have a learned c and the same numbers of rollouts and gradient steps. The arm "replay"
-differs from "learned c" in two ways: it uses the rollouts of earlier phases again (D13), and early
-phases draw more of the rollouts than late ones. Two further arms differ in one of these ways only.
-Each maze has one base model, from which all its runs start: three runs of "learned c" and of
-"replay", and one run of each other arm. Runs differ in the noise of rollouts and batches.
+differs from "learned c" in two ways: it reuses the rollouts of earlier phases, by (D13) of dtm.py,
+and early phases draw more of the rollouts than late ones. Two further arms differ in one of these
+ways only. Each maze has one base model, from which all its runs start: three runs of "learned c"
+and of "replay", and one run of each other arm. Runs differ in the noise of rollouts and batches.
 """
 
 import statistics
@@ -18,7 +18,8 @@ from figures import command
 from figures.command import COLOURS
 
 ARMS = (lab.LEARNED, lab.REPLAY)  # the figure has these
-PARTS = (  # decay is the factor from the rollouts of a phase to those of the next, see phase_sizes
+# `decay` is the factor from the rollouts of a phase to those of the next, see `phase_sizes`.
+ABLATIONS = (
     replace(lab.LEARNED, name="more rollouts early, no replay", decay=lab.REPLAY.decay),
     replace(lab.REPLAY, name="replay, no extra rollouts early", decay=1.0),
 )
@@ -70,7 +71,7 @@ def table(result: dict) -> str:
 
 def summary(result: dict) -> str:
     """Return a Markdown table with one line per arm: KL, and paths kept on the worst maze."""
-    lines = ["| arm | runs per maze | KL(target, model) | kept, on the maze where it is lowest |"]
+    lines = ["| arm | runs per maze | KL(target, model) | lowest share of paths kept on any maze |"]
     lines += ["|---|--:|--:|--:|"]
     for name, rows in lab.by_arm(result).items():
         worst = min(means["kept"] for means in by_maze(rows).values())
@@ -79,7 +80,7 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
-def changes(result: dict) -> list[dict[str, float]]:
+def kl_differences(result: dict) -> list[dict[str, float]]:
     """Return for each maze, under the key kl, the KL with replay minus the KL without."""
     arms = lab.by_arm(result)
     fresh, again = (by_maze(arms[arm.name]) for arm in ARMS)
@@ -90,11 +91,11 @@ def title_of(result: dict) -> str:
     """Return the claim of the figure."""
     arms = lab.by_arm(result)
     fresh, again = (command.mean([*by_maze(arms[arm.name]).values()], "kl") for arm in ARMS)
-    differences = changes(result)
+    differences = kl_differences(result)
     closer = sum(change["kl"] < 0 for change in differences)
     return (
-        f"Mean KL {again:.2f} nats with replay and {fresh:.2f} without; "
-        f"replay is closer on {closer} of {len(differences)} mazes"
+        f"Mean KL {again:.2f} nats with replay and more early rollouts, {fresh:.2f} with neither; "
+        f"closer on {closer} of {len(differences)} mazes"
     )
 
 
@@ -134,11 +135,11 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--runs {args.runs} must be at least 1.")
     cfg = replace(cfg, mazes=len(args.seeds))
     arms = [Run(**vars(arm), run=run) for arm in ARMS for run in range(args.runs)]
-    arms += [Run(**vars(arm)) for arm in PARTS]
+    arms += [Run(**vars(arm)) for arm in ABLATIONS]
     result = lab.experiment(cfg, arms, args, run_of_arm)
     print(table(result))
     print(summary(result))
-    mean, error = lab.mean_and_error(changes(result), "kl")
+    mean, error = lab.mean_and_error(kl_differences(result), "kl")
     print(f"KL with replay minus KL without: {mean:.3f} +- {error:.3f}")
     command.save(result, args, draw)
 
