@@ -3,6 +3,7 @@
     python -m figures.toy_llada                                    one run, 9 minutes on 2 cores
     torchrun --nproc_per_node=2 -m figures.toy_llada               the same on two processes
     python -m figures.toy_llada --draw runs/learned-? runs/one-?   the figure of ten runs
+    python -m figures.toy_llada --play                             watch two shipped models, 4 s
 
 The task is 4 x 4 Sudoku: the prompt is the puzzle, the completion its 16 digits. The base model has
 216,640 parameters and makes mistakes on purpose: in its training data each row of the grid was
@@ -22,7 +23,6 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 # Threads that wait for each other spin only briefly, so that one busy core does not stop them all.
@@ -36,56 +36,14 @@ from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
 import llada_finetune as finetune
-from dtm import check, mask_random, mean_over_masked
+from dtm import check, mask_random, mean_over_masked, sample
 from figures import command
 from llada.checkpoint import read_json, write_file
-from llada.decoding import model_inputs
+from llada.decoding import ChatTokenizer, PromptedModel, model_inputs
 from llada.distributed import Ranks, run_as_script
+from llada.lora import LoRA
 from llada.model import CONFIG_8B, LLaDA
-from llada.tasks import TASKS, Sudoku
-
-
-class Toy(Sudoku):
-    """Sudoku with easier puzzles and no instructions; a completion is just the 16 digits."""
-
-    fewest, most = 4, 10  # empty cells
-    preset = {
-        "model": "",
-        "seed": 0,
-        "h": 8.0,
-        "a_end": 40.0,
-        "ess": 0.5,
-        "c": "learned",
-        "normalize": "batch",
-        "steps_per_h": 60,
-        "prompts": 1536,
-        "refresh": 0,
-        "refresh_steps": 0,
-        "chunk": 128,
-        "gen_length": 16,
-        "block": 16,
-        "steps": 16,
-        "temperature": 1.0,
-        "order": "top_prob",
-        "prompt_length": 17,
-        "batch": 256,
-        "accum": 1,
-        "lr": 3e-3,
-        "lr_min": 3e-4,
-        "weight_decay": 0.0,
-        "rank": 16,
-        "alpha": 16.0,
-        "dropout": 0.0,
-        "save_every": 60,
-        "eval_rows": 256,
-    }
-
-    def prompt(self, row: dict) -> str:
-        return row["puzzle"]
-
-    def digits(self, text: str, find: Callable | None = None) -> str:
-        return super().digits(f"<answer>{text}</answer>")
-
+from llada.tasks import TASKS, Toy
 
 # ---- 1. The base model --------------------------------------------------------------------------
 CHARACTERS = "?0123456789+-*/()= "
@@ -337,13 +295,65 @@ def draw(result: dict, path: Path) -> Path:
     return path
 
 
-# ---- 4. Command ---------------------------------------------------------------------------------
+# ---- 4. Play ------------------------------------------------------------------------------------
+SHIPPED = Path(__file__).parent / "data" / "toy"  # the base model and the best adapter of seed 0
+
+
+def fill_in(model: LLaDA, tokenizer: ChatTokenizer, puzzle: str) -> list[str]:
+    """Return the model's 17 states from masks to a grid, 16 characters each, "_" for a mask.
+
+    As in an evaluation, the most probable digit of the most certain position is filled in next.
+    """
+    prompt = torch.tensor([tokenizer.prompt(puzzle)])
+    mask_id = SIZE["mask_token_id"]
+    prompted = PromptedModel(model, (prompt, None), 16, tokenizer.ends)
+    blank = torch.full((1, 16), mask_id)
+    states = sample(prompted, blank, mask_id, order="low_confidence", temperature=0.0)
+    characters = {mask_id: "_"} | {i: character for i, character in enumerate(CHARACTERS, 2)}
+    with torch.no_grad():
+        return ["".join(characters.get(i, "?") for i in xt[0].tolist()) for xt in states]
+
+
+def in_rows(digits: str) -> str:
+    """Return 16 characters as four rows that are separated by spaces."""
+    return " ".join(digits[i : i + 4] for i in range(0, 16, 4))
+
+
+def play(number: int, pause: float) -> None:
+    """Print how the base and the tuned model fill in a test puzzle, one line per step.
+
+    number   which of the 256 test puzzles
+    pause    the time between two lines, in seconds
+    """
+    rows = TASKS["toy"].rows("test")
+    check(0 <= number < len(rows), f"--play {number} is not a puzzle from 0 to {len(rows) - 1}")
+    row, tokenizer = rows[number], ChatTokenizer(SHIPPED / "base")
+    model = LLaDA.from_pretrained(SHIPPED / "base", "cpu", torch.float32)
+    base = fill_in(model, tokenizer, row["puzzle"])
+    model.adapters["tuned"] = LoRA.load(SHIPPED / "best", model.config)
+    model.use("tuned")
+    tuned = fill_in(model, tokenizer, row["puzzle"])
+    print(f"Test puzzle {number}, row by row, 0 is empty: {in_rows(row['puzzle'])}")
+    print("Each model writes the whole grid, so it copies the given digits, too.")
+    print(f"{'step':>5}   {'base model':21}tuned model")
+    for step, states in enumerate(zip(base, tuned, strict=True)):
+        print(f"{step:5}   {'  '.join(map(in_rows, states))}", flush=True)
+        time.sleep(pause)
+    for name, states in (("base", base), ("tuned", tuned)):
+        right, empty = TASKS["toy"].count_right(states[-1], row)
+        print(f"The {name} model has {right} of the {empty} empty cells right.")
+
+
+# ---- 5. Command ---------------------------------------------------------------------------------
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="The whole loop on a small LLaDA, for a laptop.", allow_abbrev=False
     )
     text = "only draw the figure of these runs, DIR/toy.png, and write DIR/data/toy.json"
     parser.add_argument("--draw", type=Path, nargs="+", metavar="RUN", help=text)
+    text = "watch a base and a tuned model that are in figures/data/toy fill in test puzzle N, "
+    text += "0 to 255 (default: 0)"
+    parser.add_argument("--play", type=int, nargs="?", const=0, metavar="N", help=text)
     text = "folder for --draw (default: figures)"
     parser.add_argument("--to", type=Path, metavar="DIR", help=text)
     shared = {name: f"{Toy.preset[name]} over all ranks" for name in ("prompts", "batch")}
@@ -351,12 +361,17 @@ def main(argv: list[str] | None = None) -> None:
     own |= {"model": "made in OUT/base", "out": "runs/toy-SEED"}
     finetune.add_settings(parser, without=("task",), defaults=own)
     given = vars(parser.parse_args(argv))
-    runs, folder = given.pop("draw"), given.pop("to")
-    if runs is None:
-        check(folder is None, "--to goes with --draw")
+    runs, folder, puzzle = given.pop("draw"), given.pop("to"), given.pop("play")
+    check(runs is None or puzzle is None, "use --draw or --play, not both")
+    check(runs is not None or folder is None, "--to goes with --draw")
+    trains = runs is None and puzzle is None
+    check(trains or not given, "--draw and --play train nothing; leave out the settings")
+    if trains:
         run_toy(given, Ranks())
         return
-    check(not given, "--draw trains nothing; leave out the settings")
+    if puzzle is not None:
+        play(puzzle, pause=0.1 if sys.stdout.isatty() else 0.0)
+        return
     folder = folder or Path("figures")
     result = collect(runs)
     print(table(result))

@@ -59,7 +59,39 @@ MATH_PRESET = COUNTDOWN_PRESET | dict(
     accum=16,
 )
 
-# The prompts of all tasks in this file ask for this form.
+# The settings of the small model are ours. A prompt has 17 tokens: 16 digits and a start token.
+TOY_PRESET = dict(
+    model="",
+    seed=0,
+    h=8.0,
+    a_end=40.0,
+    ess=0.5,
+    c="learned",
+    normalize="batch",
+    steps_per_h=60,
+    prompts=1536,
+    refresh=0,
+    refresh_steps=0,
+    chunk=128,
+    gen_length=16,
+    block=16,
+    steps=16,
+    temperature=1.0,
+    order="top_prob",
+    prompt_length=17,
+    batch=256,
+    accum=1,
+    lr=3e-3,
+    lr_min=3e-4,
+    weight_decay=0.0,
+    rank=16,
+    alpha=16.0,
+    dropout=0.0,
+    save_every=60,
+    eval_rows=256,
+)
+
+# The prompts of all tasks in this file except Toy ask for this form.
 FORMAT = (
     "Think first, then answer, in exactly this form with each tag on its own line:\n"
     "<reasoning>\nyour reasoning\n</reasoning>\n<answer>\nyour answer\n</answer>\n\n"
@@ -432,6 +464,24 @@ class Sudoku(Task):
 
     def correct(self, text, row):
         return self.solves(self.digits(text, final_answer), row["puzzle"])
+
+
+class Toy(Sudoku):
+    """Fill in 4 x 4 Sudokus with few empty cells: the task of the small LLaDA.
+
+    Its vocabulary is single characters. The prompt is the puzzle, and the completion is the grid,
+    without instructions and tags. The small LLaDA is made by figures/toy_llada.py.
+    """
+
+    preset = TOY_PRESET
+    fewest = 4
+    most = 10
+
+    def prompt(self, row):
+        return row["puzzle"]
+
+    def digits(self, text, find=extract):
+        return super().digits(f"<answer>{text}</answer>", find)
 
 
 # ---- GSM8K and MATH ------------------------------------------------------------------------------
