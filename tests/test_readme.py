@@ -67,7 +67,7 @@ def run_until_started(script: str, words: list[str], monkeypatch, tmp_path) -> N
         module = importlib.import_module("figures.rivals.compare")
     for name in ("experiment", "train_base"):
         monkeypatch.setattr(maze_lab, name, start)
-    for name in ("run_toy", "collect", "plan", "bench", "run_all"):
+    for name in ("run_toy", "play", "collect", "plan", "bench", "run_all", "page_data"):
         monkeypatch.setattr(module, name, start, raising=False)
     for name in ("Ranks", "open_run"):
         monkeypatch.setattr(llada_finetune, name, MagicMock())
@@ -87,7 +87,13 @@ def check_finetune(words: list[str], monkeypatch) -> None:
         llada_finetune.make_config(**call.args[0])
 
 
-RUN_ELSEWHERE = ("dtm.py", "figures.maze_gif", "figures.antibody", "figures.redraw")
+RUN_ELSEWHERE = (
+    "dtm.py",
+    "figures.maze_gif",
+    "figures.antibody",
+    "figures.redraw",
+    "figures.lesson",
+)
 
 
 @pytest.mark.parametrize("text", named_commands())

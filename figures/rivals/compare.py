@@ -48,9 +48,12 @@ class Method:
     closed_loop: bool = False  # whether `ClosedLoop` chooses h, for c-DTM
     rounds: int = 128  # chosen by --tune; each round draws its share of the rollouts
     rise: float = 0.5
+    decay: float = 1.0  # below 1, early rounds draw more rollouts than late ones: `round_sizes`
+    replay: int = 0  # how many earlier rounds' rollouts are used again
     restart: bool = False  # whether the learning rate falls to 0 in each round, as c-DTM's does
     target: bool = True  # whether the method aims at the tilt A
     exact: bool = False  # whether it uses exact likelihoods, which a large model does not have
+    measure: Callable[[Batch], tuple] | None = None  # computes log_old and log_base for a round
     prepare: Callable[[Batch], Tensor] | None = None  # computes Batch.weight for a round
     extra: type | None = None  # the network that Batch.extra calls, with an attribute `lr`
     mix: float = 0.0  # the share of the base's logits in those that draw (wd1 with a reference)
@@ -62,9 +65,21 @@ METHODS = [
     Method("c-DTM, replay", 7e-3, arm=lab.REPLAY),
     Method("c-DTM, closed loop", 7e-3, arm=lab.LEARNED, closed_loop=True),
     Method("c-DTM, c = 1", 7e-3, arm=lab.C_1),
-    Method("DMPO, u", 1e-3, rivals.dmpo, rounds=2048, prepare=rivals.dmpo_u),
     Method(
-        "DMPO, u - v (authors' code)", 4e-4, rivals.dmpo, rounds=512, prepare=rivals.dmpo_u_minus_v
+        "DMPO, u",
+        1e-3,
+        rivals.dmpo,
+        rounds=2048,
+        measure=rivals.bounds_of_round,
+        prepare=rivals.dmpo_u,
+    ),
+    Method(
+        "DMPO, u - v (authors' code)",
+        4e-4,
+        rivals.dmpo,
+        rounds=512,
+        measure=rivals.bounds_of_round,
+        prepare=rivals.dmpo_u_minus_v,
     ),
     Method("TraFL", 2.5e-4, rivals.trafl),
     Method("ESPO", 5e-4, rivals.espo),
@@ -201,17 +216,24 @@ def compete(
     total = budget(cfg, maze.L)
     clock = time.perf_counter()
     seconds = a = 0.0
-    for k in range(method.rounds):
+    drawn = []  # the rounds whose rollouts are in use
+    for k, n in enumerate(round_sizes(method, cfg)):
         h = target_tilt(method, cfg, k) - a
         a += h
         old = meter.watch(copy.deepcopy(student).requires_grad_(False))
         networks = {"net": net, "old": old, "base": reference}
-        whole = draw_round(method, maze, cfg, a=a, h=h, noise=noise, **networks)
+        drawn.append(draw_round(method, maze, n, a=a, h=h, noise=noise, **networks))
+        drawn = drawn[-1 - method.replay :]
+        whole = joined(drawn)
+        if method.prepare:
+            whole = replace(whole, weight=method.prepare(whole))
         start, stop, cost = meter.spent, total * (k + 1) / method.rounds, 0.0
         while meter.spent < stop:
             before = meter.spent
             progress = (before - start) / max(stop - start - cost, 1.0)
-            batch = draw_batch(whole, cfg.batch, extra=extra, progress=min(1.0, progress))
+            weighted = bool(method.replay and method.prepare)
+            more = {"extra": extra, "progress": min(1.0, progress)}
+            batch = draw_batch(whole, cfg.batch, weighted=weighted, **more)
             loss = method.objective(batch)
             dtm.take_step(optimizer, loss, learning_rate(method, k, progress, meter.spent / total))
             cost = meter.spent - before
@@ -224,7 +246,7 @@ def compete(
 def draw_round(
     method: Method,
     maze: lab.Maze,
-    cfg: lab.Config,
+    n: int,
     *,
     net: Callable,
     old: Callable,
@@ -233,8 +255,8 @@ def draw_round(
     h: float,
     noise: Generator,
 ) -> Batch:
-    """Return all paths of a round, drawn from the old model, with their rewards and weights."""
-    blank = torch.full((cfg.rollouts // method.rounds, maze.L), MASK, device=noise.device)
+    """Return the n paths of a round, drawn from the old model, with their rewards and bounds."""
+    blank = torch.full((n, maze.L), MASK, device=noise.device)
     sampler = mixture(old, base, method.mix)
     *_, x = dtm.sample(sampler, blank, MASK, block=method.block, generator=noise)
     r = maze.reward(x)
@@ -252,15 +274,55 @@ def draw_round(
         spread=r.std().item(),
         count=len(x),
     )
-    return replace(whole, weight=method.prepare(whole)) if method.prepare else whole
+    if method.measure:
+        log_old, log_base = method.measure(whole)
+        whole = replace(whole, log_old=log_old, log_base=log_base)
+    return whole
 
 
-def draw_batch(whole: Batch, size: int, **changes) -> Batch:
-    """Return random paths of a round, at most `size` of them."""
-    i = torch.randperm(len(whole.x), generator=whole.noise, device=whole.x.device)[:size]
+def round_sizes(method: Method, cfg: lab.Config) -> list[int]:
+    """Return the number of rollouts of each round.
+
+    With decay < 1, a quarter of the rollouts is divided equally among the rounds, and the rest
+    falls by the factor `decay` per sixteenth of the run, as in `maze_lab.phase_sizes`.
+    """
+    if method.decay == 1:
+        return [cfg.rollouts // method.rounds] * method.rounds
+    sizes = lab.phase_sizes(cfg, method.rounds, method.decay ** (16 / method.rounds))
+    return [n for n, _ in sizes]
+
+
+def joined(drawn: list[Batch]) -> Batch:
+    """Return the rounds as one: the paths of all of them, and the networks of the newest.
+
+    Each path keeps the bounds under the model that drew it.
+    """
+    if len(drawn) == 1:
+        return drawn[0]
+    names = ["x", "r", "start"] + ["log_old", "log_base"] * (drawn[0].log_old is not None)
+    columns = {name: torch.cat([getattr(b, name) for b in drawn]) for name in names}
+    r = columns["r"]
+    changes = {"advantage": r - r.mean(), "spread": r.std().item(), "count": len(r)}
+    return replace(drawn[-1], **columns, **changes)
+
+
+def draw_batch(whole: Batch, size: int, weighted: bool = False, **changes) -> Batch:
+    """Return random paths of a round, at most `size` of them.
+
+    weighted  draw paths in proportion to the size of their weights, with replacement; each then has
+              a weight of the same size, so that the loss has the same mean. Among the many paths
+              of a replay, most weights are close to 0.
+    """
+    if weighted:
+        sizes = whole.weight.abs()
+        i = sizes.multinomial(size, replacement=True, generator=whole.noise)
+    else:
+        i = torch.randperm(len(whole.x), generator=whole.noise, device=whole.x.device)[:size]
     for name in ("x", "r", "advantage", "start", "weight"):
         values = getattr(whole, name)
         changes[name] = None if values is None else values[i]
+    if weighted:
+        changes["weight"] = changes["weight"].sign() * sizes.sum() / size
     return replace(whole, **changes)
 
 

@@ -131,6 +131,8 @@ class Batch:
     spread: float  # the standard deviation of the round's rewards
     count: int  # n
     progress: float = 0.0  # of the round: 0 in its first step, 1 in its last
+    log_old: Tensor | None = None  # (B,) what Method.measure returned for the round, if the
+    log_base: Tensor | None = None  # method needs it: bounds (D6) under `old` and under `base`
     weight: Tensor | None = None  # (B,) what Method.prepare returned for the round
     extra: Callable | None = None  # a network that the objective trains beside the student
 
@@ -449,12 +451,12 @@ def dmpo(b: Batch) -> Tensor:
 
 def dmpo_u(b: Batch) -> Tensor:
     """Return the weights u (n,) of a round, without DMPO's baseline."""
-    return dmpo_weights(b.r, *bounds_of_round(b), alpha=1 / b.a)[0]
+    return dmpo_weights(b.r, b.log_old, b.log_base, alpha=1 / b.a)[0]
 
 
 def dmpo_u_minus_v(b: Batch) -> Tensor:
     """Return the weights u - v (n,) of a round, as the authors' code does."""
-    u, v = dmpo_weights(b.r, *bounds_of_round(b), alpha=1 / b.a)
+    u, v = dmpo_weights(b.r, b.log_old, b.log_base, alpha=1 / b.a)
     return u - v
 
 
