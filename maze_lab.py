@@ -156,9 +156,6 @@ class Arm:
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
     replay: bool = False  # whether the rollouts of earlier phases are used again, by (D13)
     decay: float = 1.0  # below 1 early phases draw more rollouts than late ones; see `phase_sizes`
-    emphasis: float = (
-        0.0  # the power of c(xt, i) with which promising states count; see `emphasize`
-    )
 
 
 def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
@@ -175,7 +172,7 @@ BEST_SCALAR, LEARNED = Arm("best scalar c", c=FittedC.SCALAR), Arm("learned c")
 REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
-REPLAY = Arm("replay", replay=True, decay=0.7, emphasis=4.0)
+REPLAY = Arm("replay", replay=True, decay=0.7)
 MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED, REPLAY]
 # Whose an arm is; the main figure shows it.
 ORIGIN = {REWARD_ONLY.name: "not DTM", C_0.name: "paper", C_1.name: "paper"}
@@ -276,8 +273,7 @@ def tilt(
                 loss = arm.loss(logits, logits_a, token, w_masked, c)  # (M,)  (D3) or (D5)
             # Each path counts 1 / B, which its masked positions share equally.
             share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)
-            counts = emphasize(share, c, arm.emphasis)  # (M,)
-            dtm.take_step(optimizer, (counts * loss).sum(), lr=peak_lr * (1 - step / steps))
+            dtm.take_step(optimizer, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
                 c, logits=logits.detach(), logits_a=logits_a, token=token, w=w_masked, share=share
             )
@@ -289,25 +285,6 @@ def tilt(
         a += h
         if a >= cfg.a_end * (1 - 1e-9):
             break  # 6. Stop when the tilt is A.
-
-
-def emphasize(share: Tensor, c: Tensor | float, power: float) -> Tensor:
-    """Return what the loss of each masked position counts, (M,), with sum 1 (ours).
-
-        share c(xt, i)^power / (the sum of this over the batch)
-
-    share  (M,) what it counts without an emphasis
-    c      (M,) the learned c, or a number, which has no effect
-
-    Why: the learned c is close to the mean weight of the paths that fit the state, so it is large
-    in states from which a high reward is likely. Such states are rare at a small tilt and frequent
-    at a large one. Emphasis makes the student learn them in time. It does not move the minimiser,
-    because a positive factor that depends on nothing but the state and the position cannot.
-    """
-    if not power or not isinstance(c, Tensor):
-        return share
-    counts = share * c.detach().clamp_min(0.1) ** power
-    return counts / counts.sum()
 
 
 def phase_sizes(cfg: Config, phases: int, decay: float = 1.0) -> list[tuple[int, int]]:

@@ -19,14 +19,17 @@ from llada.distributed import run_as_script
 
 HERE = Path(__file__).parent
 ABOUT = {
-    lab.REWARD_ONLY.name: "This training maximises the reward and nothing else. It is not DTM.",
-    lab.ONE_JUMP.name: "DTM in a single step from tilt 0 to the end, where the model appears.",
-    lab.C_0.name: "DTM in 16 steps without a control variate.",
-    lab.C_1.name: "DTM in 16 steps with c = 1, the authors' choice.",
-    lab.BEST_SCALAR.name: "DTM in 16 steps with the one c that has the least variance (ours).",
-    lab.LEARNED.name: "DTM in 16 steps with a c that a small network predicts (ours).",
-    lab.REPLAY.name: "DTM in 16 steps with a learned c and with the rollouts of all steps so far "
+    lab.REWARD_ONLY.name: "This training maximises the reward and nothing else. It is not DTM and "
+    "has no tilt; the slider shows how far the training has come.",
+    lab.ONE_JUMP.name: "DTM in one step from tilt 0 to the end (ours). At smaller tilts the page "
+    "shows the base model.",
+    lab.C_0.name: "DTM in 16 steps without a control variate (c = 0).",
+    lab.C_1.name: "DTM in 16 steps with c = 1, which the authors use.",
+    lab.BEST_SCALAR.name: "DTM in 16 steps with the single value of c that minimises the variance "
     "(ours).",
+    lab.LEARNED.name: "DTM in 16 steps with a c that a small network predicts (ours).",
+    lab.REPLAY.name: "DTM in 16 steps with a learned c, where sequences that earlier models wrote "
+    "are used again (ours).",
 }
 # The position of widget B is that of `python dtm.py`.
 POSITION = {"pi": [0.4, 0.2, 0.2, 0.1, 0.1], "rewards": [0, 0, 1, 1, 2]}

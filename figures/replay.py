@@ -1,12 +1,12 @@
 """Replay reuses the rollouts of earlier phases; this compares it with fresh rollouts only.
 
-    python -m figures.replay --seeds 10     10 random mazes; about 35 minutes on 2 cores
+    python -m figures.replay --seeds 10     10 random mazes; about 20 minutes on 2 cores
 
 All arms have a learned c and the same numbers of rollouts and gradient steps. The arm "replay"
-differs from "learned c" in three ways: it reuses the rollouts of earlier phases, by (D13) of
-dtm.py; early phases draw more of the rollouts than late ones; and promising states count more, by
-`maze_lab.emphasize`. Further arms differ in one or two of these ways. Each maze has one base model,
-from which all its runs start. Runs differ in the noise of rollouts and batches.
+differs from "learned c" in two ways: it reuses the rollouts of earlier phases, by (D13) of dtm.py,
+and early phases draw more of the rollouts than late ones. Two further arms differ in one of these
+ways only. Each maze has one base model, from which all its runs start: three runs of "learned c"
+and of "replay", and one run of each other arm. Runs differ in the noise of rollouts and batches.
 """
 
 import statistics
@@ -18,13 +18,10 @@ from figures import command
 from figures.command import COLOURS
 
 ARMS = (lab.LEARNED, lab.REPLAY)  # the figure has these
-# These have one run per maze. `decay` is the factor from the rollouts of a phase to those of the
-# next, see `phase_sizes`.
+# `decay` is the factor from the rollouts of a phase to those of the next, see `phase_sizes`.
 ABLATIONS = (
-    replace(lab.LEARNED, name="only more rollouts early", decay=lab.REPLAY.decay),
-    replace(lab.LEARNED, name="only replay", replay=True),
-    replace(lab.LEARNED, name="only emphasis", emphasis=lab.REPLAY.emphasis),
-    replace(lab.REPLAY, name="replay and more rollouts early", emphasis=0.0),
+    replace(lab.LEARNED, name="more rollouts early, no replay", decay=lab.REPLAY.decay),
+    replace(lab.REPLAY, name="replay, no extra rollouts early", decay=1.0),
 )
 
 

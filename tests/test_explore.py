@@ -79,6 +79,16 @@ def test_the_exact_tilt_of_widget_a_is_the_target_of_the_main_experiment(tmp_pat
     assert shown == pytest.approx([record["target_success"] for record in trace], rel=1e-6)
 
 
+def test_the_divergence_of_the_base_model_from_its_tilt_is_the_one_over_all_paths(tmp_path):
+    """The page needs the distribution of the rewards only: equal rewards have equal ratios."""
+    p = torch.tensor([0.1, 0.3, 0.2, 0.15, 0.25]).double()
+    r = torch.tensor([0.0, 0.5, 0.5, 1.0, 0.0]).double()
+    target = dtm.exact_tilt(p, r, 7.0)
+    expected = (target * (target / p).log()).sum()
+    shown = run_in_page("divergenceFromBase([0, 0.5, 1], [0.35, 0.5, 0.15], 7)", tmp_path)
+    assert shown == pytest.approx(expected.item(), rel=1e-6)
+
+
 def test_the_number_of_paths_is_that_of_the_main_experiment(tmp_path):
     rows = RESULT["rows"][::7]
     shown = run_in_page(f"{[row['paths'] for row in rows]}.map(effectiveNumber)", tmp_path)

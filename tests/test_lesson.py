@@ -52,7 +52,7 @@ def test_the_cells_run_in_an_empty_folder_and_print_what_the_notebook_shows(note
     printed, expected = numbers(run.stdout), numbers(shown(notebook))
     # Training amplifies rounding, which differs between machines; the exact parts agree closely.
     torch.testing.assert_close(printed[:-2], expected[:-2], rtol=0.1, atol=5e-3)
-    torch.testing.assert_close(printed[-2:], expected[-2:], rtol=0, atol=0.1)
+    torch.testing.assert_close(printed[-2:], expected[-2:], rtol=0.05, atol=0.15)
 
 
 def test_the_numbers_in_the_notebook_show_what_its_text_says(notebook):
@@ -60,8 +60,8 @@ def test_the_numbers_in_the_notebook_show_what_its_text_says(notebook):
     before, right, left = (rest[i : i + 5] for i in (0, 5, 10))
     mean_0, variance_0 = rest[15:20], rest[20]
     mean_1, variance_1 = rest[21:26], rest[26]
-    kl, success = rest[27:]
-    assert 400 < 1 / success_base < 700  # "about once in 500 words"
+    kl_before, kl_after = rest[27:]
+    assert success_base < 0.001 < 0.9 < success_target  # "less than once in 1,000 words"
     assert right == left != before  # (D2)
-    assert mean_0 == mean_1 and variance_0 > 3 * variance_1  # "several times smaller"
-    assert kl < 0.15 and abs(success - success_target) < 0.05
+    assert mean_0 == mean_1 and variance_1 < variance_0 / 2
+    assert kl_after < 0.05 * kl_before  # "nearly all of the divergence is gone"

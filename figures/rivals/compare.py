@@ -50,6 +50,7 @@ class Method:
     rise: float = 0.5
     decay: float = 1.0  # below 1, early rounds draw more rollouts than late ones: `round_sizes`
     replay: int = 0  # how many earlier rounds' rollouts are used again
+    off_policy: bool = False  # whether its loss is right for the rollouts of earlier models, too
     restart: bool = False  # whether the learning rate falls to 0 in each round, as c-DTM's does
     target: bool = True  # whether the method aims at the tilt A
     exact: bool = False  # whether it uses exact likelihoods, which a large model does not have
@@ -72,6 +73,7 @@ METHODS = [
         rounds=2048,
         measure=rivals.bounds_of_round,
         prepare=rivals.dmpo_u,
+        off_policy=True,
     ),
     Method(
         "DMPO, u - v (authors' code)",
@@ -80,8 +82,9 @@ METHODS = [
         rounds=512,
         measure=rivals.bounds_of_round,
         prepare=rivals.dmpo_u_minus_v,
+        off_policy=True,
     ),
-    Method("TraFL", 2.5e-4, rivals.trafl),
+    Method("TraFL", 2.5e-4, rivals.trafl, off_policy=True),
     Method("ESPO", 5e-4, rivals.espo),
     Method(
         "GDSD, ideal",
@@ -103,7 +106,7 @@ METHODS = [
     Method("SPG", 2e-4, rivals.spg, target=False),
     Method("JustGRPO", 4e-4, rivals.just_grpo, rounds=64, target=False, block=1),
     Method("ELBO-REINFORCE", 2e-4, rivals.elbo_reinforce),
-    Method("TraFL, exact", 1e-3, rivals.trafl_exact, rounds=256, exact=True),
+    Method("TraFL, exact", 1e-3, rivals.trafl_exact, rounds=256, exact=True, off_policy=True),
     Method("exact REINFORCE", 2e-3, rivals.exact_reinforce, rounds=256, exact=True),
 ]
 
@@ -413,14 +416,30 @@ def row_once(folder: Path, cfg: lab.Config, method: Method, base: dict, device: 
 
 # ---- 4. Tuning ----------------------------------------------------------------------------------
 def variants(method: Method) -> list[Method]:
-    """Return the method at its own, half and twice its learning rate, and a rival also at half and
-    twice its rounds. figures/phases.py studies the phases of c-DTM.
+    """Return the method as it is, and others that differ from it in one or two settings.
+
+    All methods are tried at half and twice their learning rate, and rivals also with half and twice
+    their rounds. A rival with a target is tried with more rollouts in early rounds, and an
+    off-policy one with a replay of an eighth of the rounds and of all of them. figures/phases.py
+    and figures/replay.py study these settings of c-DTM.
     """
-    rates = [method.lr, method.lr / 2, method.lr * 2]
-    tried = [replace(method, name=f"{method.name} @ {lr:.2g}", lr=lr) for lr in rates]
+    tried = [replace(method, name=f"{method.name} @ {method.lr:.2g}")]
+
+    def add(text: str, **changes) -> None:
+        tried.append(replace(tried[0], name=f"{tried[0].name}, {text}", **changes))
+
+    for lr in (method.lr / 2, method.lr * 2):
+        tried.append(replace(method, name=f"{method.name} @ {lr:.2g}", lr=lr))
     if method.arm is None:
         for rounds in (method.rounds // 2, method.rounds * 2):
-            tried.append(replace(tried[0], name=f"{tried[0].name}, {rounds} rounds", rounds=rounds))
+            add(f"{rounds} rounds", rounds=rounds)
+        if method.target:
+            add("more rollouts early", decay=lab.REPLAY.decay)
+        if method.off_policy:
+            for rounds in (method.rounds // 8, method.rounds):
+                add(f"replay {rounds}", replay=rounds)
+                early = {"replay": rounds, "decay": lab.REPLAY.decay}
+                add(f"replay {rounds}, more rollouts early", **early)
     return tried
 
 

@@ -29,44 +29,6 @@ def test_front_loaded_rollouts_fall_geometrically_above_a_floor():
     assert list(steps) == [steps for _, steps in lab.phase_sizes(cfg, 5)]
 
 
-def test_emphasis_moves_no_minimiser_and_sums_to_one():
-    """With the exact distribution of the batch, the gradient at the tilted posterior is 0."""
-    h, V, length = 1.5, 3, 2
-    noise = torch.Generator().manual_seed(0)
-    rho = torch.rand(V**length, generator=noise).double().softmax(0)
-    r = torch.rand(V**length, generator=noise).double()
-    w = dtm.tilt_weight(r, h)
-    states = dtm.all_sequences(V + 1, length)
-    teacher = dtm.exact_posterior(rho, states).clamp_min(1e-30).log()
-    student = dtm.exact_posterior(dtm.exact_tilt(rho, r, h), states).clamp_min(1e-30).log()
-    x1 = dtm.all_sequences(V, length)
-    agree = ((states[:, None] == x1) | (states[:, None] == V)).all(-1)  # (S, N)
-    s, n = agree.nonzero(as_tuple=True)  # every pair of a state and a path that fits it
-    hidden = states[s] == V
-    of_pair, i = hidden.nonzero(as_tuple=True)
-    s, n = s[of_pair], n[of_pair]  # (M,) each
-    share = rho[n] / rho[n].sum()
-    c = torch.rand(states.shape, generator=noise).double()[s, i] * 3  # any c(xt, i)
-    logits = student[s, i].requires_grad_()
-    loss = dtm.c_dtm_loss(logits, teacher[s, i], x1[n, i], w[n], c)
-    for power in (0.0, 4.0):
-        counts = lab.emphasize(share, c, power)
-        assert counts.sum().item() == pytest.approx(1)
-        [gradient] = torch.autograd.grad((counts * loss).sum(), logits, retain_graph=True)
-        # The gradient with respect to the student's logits in one state and at one position.
-        total = torch.zeros(len(states), length, V).double().index_put((s, i), gradient, True)
-        assert total.abs().max() < 1e-9
-    wrong = counts * w[n]  # a factor that depends on the path does move it
-    [gradient] = torch.autograd.grad((wrong * loss).sum(), logits)
-    total = torch.zeros(len(states), length, V).double().index_put((s, i), gradient, True)
-    assert total.abs().max() > 1e-3
-
-
-def test_a_number_for_c_has_no_emphasis():
-    share = torch.tensor([0.25, 0.75])
-    assert lab.emphasize(share, 1.0, 4.0) is share
-
-
 def test_every_phase_trains_on_all_rollouts_so_far_with_weights_of_mean_one():
     drawn, total = lab.phase_sizes(CFG, 3, ARM.decay), 0
     before = torch.empty(0, SMALL.L, dtype=torch.long)

@@ -15,7 +15,7 @@ import dtm
 import maze_lab as lab
 from figures.rivals import compare
 from figures.rivals.frontier import FrontierEvaluation, frontier_at
-from figures.rivals.objectives import exact_reinforce
+from figures.rivals.objectives import Batch, dmpo_u, exact_reinforce
 
 SMALL_METHODS = [replace(method, rounds=min(method.rounds, 4)) for method in compare.METHODS]
 
@@ -209,3 +209,66 @@ def test_a_method_that_does_not_exist_is_refused_with_the_names(tmp_path, capsys
         compare.main(["--only", "DMPO u", "--out", str(tmp_path)])
     refusal = capsys.readouterr().err
     assert "--only DMPO u" in refusal and "DMPO, u;" in refusal
+
+
+# ---- more rollouts early, and replay -------------------------------------------------------------
+def round_of(x, r, log_old, log_base):
+    """A round of paths of one token, where the bounds are the likelihoods."""
+    old = {"log_old": log_old[x[:, 0]], "log_base": log_base[x[:, 0]]}
+    rest = {"start": torch.zeros(len(x)), "spread": 1.0, "count": len(x), "h": 1.0, "a": 2.0}
+    networks = dict.fromkeys(("net", "old", "base"))
+    noise = Generator().manual_seed(0)
+    rewards = {"r": r[x[:, 0]], "advantage": r[x[:, 0]]}
+    return Batch(x=x, noise=noise, **networks, **rewards, **old, **rest)
+
+
+def test_round_sizes_add_up_and_fall_by_the_factor_per_sixteenth_of_the_run():
+    cfg = lab.Config()
+    for rounds in (16, 128, 2048):
+        method = replace(compare.METHODS[4], rounds=rounds)
+        assert compare.round_sizes(method, cfg) == [cfg.rollouts // rounds] * rounds
+        sizes = torch.tensor(compare.round_sizes(replace(method, decay=0.7), cfg)).double()
+        assert sizes.sum() == cfg.rollouts and sizes.min() >= 1
+        above = (sizes - 0.25 * cfg.rollouts / rounds).view(16, -1).sum(1)
+        torch.testing.assert_close(
+            above[1:6] / above[:5], torch.full((5,), 0.7).double(), rtol=0.05, atol=0
+        )
+
+
+def test_dmpo_with_replay_weights_the_rounds_of_different_models_to_the_tilt():
+    """Two models draw every token as often as they should, and the weights u lead to rho_a."""
+    noise = Generator().manual_seed(1)
+    r = torch.rand(4, generator=noise).double()
+    log_base = torch.randn(4, generator=noise).double().log_softmax(0)
+    counts = ([8, 4, 2, 2], [2, 2, 8, 4])
+    rounds = []
+    for count in counts:
+        x = torch.arange(4).repeat_interleave(torch.tensor(count))[:, None]
+        log_old = (torch.tensor(count).double() / 16).log()
+        rounds.append(round_of(x, r, log_old, log_base))
+    whole = compare.joined(rounds)
+    u = dmpo_u(whole)  # (32,)
+    found = torch.zeros(4).double().index_add(0, whole.x[:, 0], u)
+    torch.testing.assert_close(found, (log_base + 2 * r).softmax(0))
+    assert whole.count == 32 and whole.advantage.sum().abs() < 1e-9
+
+
+def test_a_weighted_batch_has_the_mean_loss_of_all_paths():
+    """10,000 draws with a fixed generator; the mean is within 4 standard errors."""
+    weight = torch.tensor([0.5, -0.3, 0.2, 0.0]).double()
+    whole = round_of(torch.arange(4)[:, None], *[torch.zeros(4).double()] * 3)
+    whole = replace(whole, weight=weight)
+    values = torch.tensor([1.0, 2.0, -3.0, 7.0]).double()
+    batch = compare.draw_batch(whole, 10_000, weighted=True)
+    terms = batch.weight * values[batch.x[:, 0]] * 10_000
+    error = terms.std() / 100
+    assert abs(terms.mean() - weight @ values) < 4 * error
+
+
+def test_tuning_tries_replay_only_where_the_loss_is_off_policy():
+    for method in compare.METHODS:
+        tried = compare.variants(method)
+        assert any(variant.replay for variant in tried) == method.off_policy
+        front_loaded = any(variant.decay < 1 for variant in tried)
+        assert front_loaded == (method.target and method.arm is None)
+        assert len({variant.name for variant in tried}) == len(tried)
