@@ -1145,6 +1145,7 @@ def main(argv: list[str] | None = None) -> None:
     if action == "merge":
         base = locate(base_of(given["adapter"], given["model"]))
         merge(base, given["adapter"], given["folder"])
+        print(f"{given['folder']} is a checkpoint like {base}, with the adapter merged into it")
     elif action == "eval":
         evaluate_command(given, given.pop("adapter"), given.pop("lengths"))
     else:

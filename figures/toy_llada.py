@@ -319,6 +319,13 @@ def in_rows(digits: str) -> str:
     return " ".join(digits[i : i + 4] for i in range(0, 16, 4))
 
 
+def wrong_cells(grid: str, solution: str) -> str:
+    """Return 16 characters: ^ where a cell is not that of the solution, and else a space."""
+    return "".join(
+        " " if cell == right else "^" for cell, right in zip(grid, solution, strict=True)
+    )
+
+
 def play(number: int, pause: float) -> None:
     """Print how the base and the tuned model fill in a test puzzle, one line per step.
 
@@ -339,6 +346,9 @@ def play(number: int, pause: float) -> None:
     for step, states in enumerate(zip(base, tuned, strict=True)):
         print(f"{step:5}   {'  '.join(map(in_rows, states))}", flush=True)
         time.sleep(pause)
+    print(f"{'right':>5}   {'  '.join([in_rows(row['solution'])] * 2)}")
+    marks = [wrong_cells(states[-1], row["solution"]) for states in (base, tuned)]
+    print(f"{'wrong':>5}   {'  '.join(map(in_rows, marks))}".rstrip())
     for name, states in (("base", base), ("tuned", tuned)):
         right, empty = TASKS["toy"].count_right(states[-1], row)
         print(f"The {name} model has {right} of the {empty} empty cells right.")

@@ -48,7 +48,11 @@ def test_play_prints_the_steps_and_how_many_cells_are_right(capsys):
     lines = capsys.readouterr().out.splitlines()
     row = TASKS["toy"].rows("test")[0]
     assert lines[0].endswith(toy_llada.in_rows(row["puzzle"]))
-    *_, base, tuned = lines[-3].split("   ")[-1].split("  ")  # the last step
+    step, right, marks = lines[-5:-2]
+    base, tuned = step[8:].split("  ")
+    assert right[8:].split("  ") == [toy_llada.in_rows(row["solution"])] * 2
+    for place, mark in enumerate(marks[8:].ljust(len(step) - 8)):
+        assert (mark == "^") == (step[8 + place] != right[8 + place])
     grids = {"base": base.replace(" ", ""), "tuned": tuned.replace(" ", "")}
     for line, (name, grid) in zip(lines[-2:], grids.items(), strict=True):
         empty = [i for i in range(16) if row["puzzle"][i] == "0"]
