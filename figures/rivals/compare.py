@@ -84,7 +84,7 @@ METHODS = [
         prepare=rivals.dmpo_u_minus_v,
         off_policy=True,
     ),
-    Method("TraFL", 2.5e-4, rivals.trafl, off_policy=True),
+    Method("TraFL", 2.5e-4, rivals.trafl, decay=0.7, off_policy=True),
     Method("ESPO", 5e-4, rivals.espo),
     Method(
         "GDSD, ideal",
@@ -92,6 +92,7 @@ METHODS = [
         rivals.gdsd_ideal,
         rounds=16,
         rise=1.0,
+        decay=0.7,
         restart=True,
         extra=rivals.StateConstants,
     ),
@@ -105,8 +106,17 @@ METHODS = [
     Method("wd1, b = .04 (one state)", 4e-4, rivals.wd1, target=False, mix=0.04),
     Method("SPG", 2e-4, rivals.spg, target=False),
     Method("JustGRPO", 4e-4, rivals.just_grpo, rounds=64, target=False, block=1),
-    Method("ELBO-REINFORCE", 2e-4, rivals.elbo_reinforce),
+    Method("ELBO-REINFORCE", 2e-4, rivals.elbo_reinforce, decay=0.7),
     Method("TraFL, exact", 1e-3, rivals.trafl_exact, rounds=256, exact=True, off_policy=True),
+    Method(
+        "TraFL, exact, replay",
+        2e-3,
+        rivals.trafl_exact,
+        rounds=256,
+        replay=32,
+        exact=True,
+        off_policy=True,
+    ),
     Method("exact REINFORCE", 2e-3, rivals.exact_reinforce, rounds=256, exact=True),
 ]
 
@@ -434,12 +444,12 @@ def variants(method: Method) -> list[Method]:
         for rounds in (method.rounds // 2, method.rounds * 2):
             add(f"{rounds} rounds", rounds=rounds)
         if method.target:
-            add("more rollouts early", decay=lab.REPLAY.decay)
-        if method.off_policy:
+            text, decay = ("more rollouts early", 0.7) if method.decay == 1 else ("equal rounds", 1)
+            add(text, decay=decay)
+        if method.off_policy and not method.replay:
             for rounds in (method.rounds // 8, method.rounds):
-                add(f"replay {rounds}", replay=rounds)
-                early = {"replay": rounds, "decay": lab.REPLAY.decay}
-                add(f"replay {rounds}, more rollouts early", **early)
+                add(f"replay {rounds}", replay=rounds, decay=1.0)
+                add(f"replay {rounds}, more rollouts early", replay=rounds, decay=0.7)
     return tried
 
 

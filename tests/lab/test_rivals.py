@@ -269,6 +269,6 @@ def test_tuning_tries_replay_only_where_the_loss_is_off_policy():
     for method in compare.METHODS:
         tried = compare.variants(method)
         assert any(variant.replay for variant in tried) == method.off_policy
-        front_loaded = any(variant.decay < 1 for variant in tried)
-        assert front_loaded == (method.target and method.arm is None)
+        both = {variant.decay for variant in tried} == {1.0, 0.7}
+        assert both == (method.target and method.arm is None)
         assert len({variant.name for variant in tried}) == len(tried)
