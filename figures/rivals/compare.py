@@ -85,7 +85,7 @@ METHODS = [
         off_policy=True,
     ),
     Method("TraFL", 2.5e-4, rivals.trafl, decay=0.7, off_policy=True),
-    Method("ESPO", 5e-4, rivals.espo),
+    Method("ESPO", 5e-4, rivals.espo, decay=0.7),
     Method(
         "GDSD, ideal",
         8e-3,
