@@ -110,7 +110,7 @@ METHODS = [
     Method("TraFL, exact", 1e-3, rivals.trafl_exact, rounds=256, exact=True, off_policy=True),
     Method(
         "TraFL, exact, replay",
-        2e-3,
+        4e-3,
         rivals.trafl_exact,
         rounds=256,
         replay=32,
