@@ -59,7 +59,7 @@ def page_data(result: dict) -> dict:
     config = lab.Config(**result["config"])
     phases = config.phases
     return {
-        "arms": [{"name": name, "about": ABOUT[name]} for name in names],
+        "arms": [{"name": name, "about": ABOUT.get(name, "")} for name in names],
         "tilts": [config.a_end * k / phases for k in range(phases + 1)],
         "paths": cells_of(lab.make_maze(config, result["seeds"][0])),
         "runs": runs,

@@ -247,6 +247,7 @@ def test_dmpo_with_replay_weights_the_rounds_of_different_models_to_the_tilt():
         log_old = (torch.tensor(count).double() / 16).log()
         rounds.append(round_of(x, r, log_old, log_base))
     whole = compare.joined(rounds)
+    assert torch.equal(whole.x, torch.cat([drawn.x for drawn in rounds]))
     u = dmpo_u(whole)  # (32,)
     found = torch.zeros(4).double().index_add(0, whole.x[:, 0], u)
     torch.testing.assert_close(found, (log_base + 2 * r).softmax(0))

@@ -30,10 +30,11 @@ def load(tuned):
     return model
 
 
-@pytest.mark.parametrize("tuned", [False, True])
-def test_each_step_of_play_fills_in_one_cell_and_the_last_is_what_generate_writes(tuned):
+@pytest.mark.parametrize("tuned, number", [(True, 3), *((False, number) for number in range(6))])
+def test_each_step_of_play_fills_in_one_cell_and_the_last_is_what_generate_writes(tuned, number):
+    """The base model's grids depend on the order in which it fills in the cells."""
     model, tokenizer = load(tuned), ChatTokenizer(toy_llada.SHIPPED / "base")
-    puzzle = TASKS["toy"].rows("test")[3]["puzzle"]
+    puzzle = TASKS["toy"].rows("test")[number]["puzzle"]
     states = toy_llada.fill_in(model, tokenizer, puzzle)
     assert [state.count("_") for state in states] == list(range(16, -1, -1))
     for before, after in zip(states, states[1:], strict=False):
