@@ -28,8 +28,8 @@ ABOUT = {
     lab.BEST_SCALAR.name: "DTM in 16 steps with the single value of c that minimises the variance "
     "(ours).",
     lab.LEARNED.name: "DTM in 16 steps with a c that a small network predicts (ours).",
-    lab.REPLAY.name: "DTM in 16 steps with a learned c, where sequences that earlier models wrote "
-    "are used again (ours).",
+    lab.REPLAY.name: "DTM in 16 steps with 0.8 of the learned c, where sequences that earlier "
+    "models wrote are used again (ours).",
 }
 # The position of widget B is that of `python dtm.py`.
 POSITION = {"pi": [0.4, 0.2, 0.2, 0.1, 0.1], "rewards": [0, 0, 1, 1, 2]}

@@ -7,7 +7,6 @@ of dtm.py or of a cell makes this copy or the outputs stale, and a test then ask
 """
 
 import base64
-import json
 import lzma
 import re
 import tempfile
@@ -46,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # It has no other file, so the copy is used.
         where = {"metadata": {"path": folder}}
         NotebookClient(notebook, resources=where, record_timing=False).execute()
-    write_file(NOTEBOOK, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
+    write_file(NOTEBOOK, nbformat.writes(notebook) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,31 @@
 """Replay reuses the rollouts of earlier phases; this compares it with fresh rollouts only.
 
-    python -m figures.replay --seeds 10     10 random mazes; about 20 minutes on 2 cores
+    python -m figures.replay --seeds 10     10 random mazes; about 30 minutes on 2 cores
 
-All arms have a learned c and the same numbers of rollouts and gradient steps. The arm "replay"
-differs from "learned c" in two ways: it reuses the rollouts of earlier phases, by (D13) of dtm.py,
-and early phases draw more of the rollouts than late ones. Two further arms differ in one of these
-ways only. Each maze has one base model, from which all its runs start: three runs of "learned c"
-and of "replay", and one run of each other arm. Runs differ in the noise of rollouts and batches.
+All arms fit a c to each state and position, and have the same numbers of rollouts and gradient
+steps. The arm "replay" differs from "learned c" in three ways: it reuses the rollouts of earlier
+phases, by (D13) of dtm.py; early phases draw more of the rollouts than late ones; and it uses 0.8
+of the fitted c. The arm "replay, all of c" lacks the last of these, and two further arms lack one
+more. Each maze has one base model, from which all its runs start: three runs of the first three
+arms, and one run of each of the others. Runs differ in the noise of rollouts and batches.
 """
 
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 import maze_lab as lab
 from figures import command
 from figures.command import COLOURS
 
 ARMS = (lab.LEARNED, lab.REPLAY)  # the figure has these
+ALL_OF_C = replace(lab.REPLAY, name="replay, all of c", c_share=1.0)
 # `decay` is the factor from the rollouts of a phase to those of the next, see `phase_sizes`.
 ABLATIONS = (
     replace(lab.LEARNED, name="more rollouts early, no replay", decay=lab.REPLAY.decay),
-    replace(lab.REPLAY, name="replay, no extra rollouts early", decay=1.0),
+    replace(ALL_OF_C, name="replay, all of c, no extra rollouts early", decay=1.0),
 )
 
 
@@ -69,14 +73,31 @@ def table(result: dict) -> str:
     return "\n".join([*lines, f"| mean | | {' | '.join(means)} |"])
 
 
+def kl_parts(row: dict) -> dict[str, float]:
+    """Divide KL(target, model) of a run into three parts that add up to it, by the chain rule.
+
+    success   KL of whether a path is a shortest one
+    shortest  KL of which shortest path it is, times the target's probability that it is one
+    others    the same for all other paths
+    """
+    yes = torch.tensor([row["target_success"], row["success"]], dtype=torch.float64)
+    target, model = torch.stack([yes, 1 - yes], 1)
+    success, shortest = lab.kl(target, model), row["target_success"] * row["kl_modes"]
+    return {"success": success, "shortest": shortest, "others": row["kl"] - success - shortest}
+
+
 def summary(result: dict) -> str:
-    """Return a Markdown table with one line per arm: KL, and paths kept on the worst maze."""
-    lines = ["| arm | runs per maze | KL(target, model) | lowest share of paths kept on any maze |"]
-    lines += ["|---|--:|--:|--:|"]
+    """Return a Markdown table with one line per arm: KL, its parts, and paths on the worst maze."""
+    titles = ["arm", "runs per maze", "KL(target, model)", "success", "which shortest path"]
+    titles += ["other paths", "lowest share of paths kept on any maze"]
+    lines = [f"| {' | '.join(titles)} |", "|---|" + "--:|" * 6]
     for name, rows in lab.by_arm(result).items():
         worst = min(means["kept"] for means in by_maze(rows).values())
         runs = len(rows) // len(result["bases"])
-        lines.append(f"| {name} | {runs} | {over_mazes(rows, 'kl')} | {worst:.2f} |")
+        divided = [kl_parts(row) for row in rows]
+        parts = [f"{command.mean(divided, key):.3f}" for key in ("success", "shortest", "others")]
+        cells = [name, str(runs), over_mazes(rows, "kl"), *parts, f"{worst:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -94,7 +115,7 @@ def title_of(result: dict) -> str:
     differences = kl_differences(result)
     closer = sum(change["kl"] < 0 for change in differences)
     return (
-        f"Mean KL {again:.2f} nats with replay and more early rollouts, {fresh:.2f} with neither; "
+        f"Mean KL {again:.2f} nats with replay, {fresh:.2f} without it; "
         f"closer on {closer} of {len(differences)} mazes"
     )
 
@@ -128,13 +149,13 @@ def draw(result: dict, path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command.make_parser(__doc__)
-    text = "Run the two arms of the figure this many times on each maze (default 3)."
+    text = 'Run "learned c", "replay" and "replay, all of c" this many times per maze (default 3).'
     parser.add_argument("--runs", type=int, default=3, help=text)
     cfg, args = command.read_flags(parser, argv, "replay")
     if args.runs < 1:
         parser.error(f"--runs {args.runs} must be at least 1.")
     cfg = replace(cfg, mazes=len(args.seeds))
-    arms = [Run(**vars(arm), run=run) for arm in ARMS for run in range(args.runs)]
+    arms = [Run(**vars(arm), run=run) for arm in (*ARMS, ALL_OF_C) for run in range(args.runs)]
     arms += [Run(**vars(arm)) for arm in ABLATIONS]
     result = lab.experiment(cfg, arms, args, run_of_arm)
     print(table(result))

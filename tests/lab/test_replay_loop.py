@@ -59,6 +59,23 @@ def test_the_loss_sees_the_weights_w_of_the_rows_that_were_drawn():
         assert ((batch[:, None] - w).abs().amin(1) < 1e-4).all()
 
 
+def test_the_loss_sees_a_share_of_the_fitted_c_and_the_fit_all_of_it(monkeypatch):
+    seen, learned = [], []
+
+    class Control(lab.FixedC):
+        def learn(self, c, **facts):
+            learned.append(c)
+
+    def loss(logits, logits_a, token, w, c):
+        seen.append(c)
+        return dtm.c_dtm_loss(logits, logits_a, token, w, c)
+
+    monkeypatch.setattr(lab, "make_control", lambda *settings: Control(3.0))
+    for _ in phases_of(replace(ARM, c_share=0.5, loss=loss), CFG):
+        pass
+    assert seen == [1.5] * CFG.steps and learned == [3.0] * CFG.steps
+
+
 def test_batches_are_drawn_in_proportion_to_u(monkeypatch):
     """Pearson's test at level 1e-4 of the rewards in the batches of the last phase."""
     batches, mask_random = [], dtm.mask_random
@@ -111,22 +128,41 @@ def test_runs_are_averaged_per_maze_before_mazes_are_compared(tmp_path):
     assert (tmp_path / "replay.png").stat().st_size > 10_000
 
 
+def test_the_parts_of_the_kl_are_those_of_the_conditional_distributions():
+    """Given that a path is a shortest one, or is not, target and model are distributions, too."""
+    base = lab.tabulate(base_net(), SMALL.L)
+    evaluation = lab.ExactEvaluation(SMALL, base)
+    noise = torch.randn(base.logits.shape, generator=torch.Generator().manual_seed(0))
+    model = dtm.Table(base.logits + noise)
+    parts = replay.kl_parts(evaluation.measure(model, a=4.0))
+    target = dtm.exact_tilt(evaluation.rho_0, evaluation.r, 4.0)
+    rho, shortest = lab.path_distribution(model), evaluation.r == 1
+    expected = {}
+    for name, group in (("shortest", shortest), ("others", ~shortest)):
+        p, q = target[group], rho[group]
+        expected[name] = (p * (p / p.sum() / (q / q.sum())).log()).sum()
+    groups = [(target[group].sum(), rho[group].sum()) for group in (shortest, ~shortest)]
+    expected["success"] = sum(p * (p / q).log() for p, q in groups)
+    assert parts == pytest.approx({name: float(part) for name, part in expected.items()})
+    assert min(parts.values()) > 0.001
+
+
 def test_replay_claims_what_the_shipped_numbers_say():
     result = json.loads((ROOT / "figures" / "data" / "replay.json").read_text())
     arms = lab.by_arm(result)
     means = {}
     for name, rows in arms.items():
         assert len({row["seed"] for row in rows}) == 10
-        assert len(rows) == (30 if name in ("replay", "learned c") else 10)
+        assert len(rows) == (10 if "no" in name.split() else 30)
         means[name] = sum(row["kl"] for row in rows) / len(rows)
     words = replay.title_of(result).split()
     assert float(words[2]) == pytest.approx(means["replay"], abs=0.005)
-    assert float(words[10]) == pytest.approx(means["learned c"], abs=0.005)
+    assert float(words[6]) == pytest.approx(means["learned c"], abs=0.005)
     closer = 0
     for maze in range(10):
         of_maze = {
             name: [row["kl"] for row in rows if row["seed"] == maze] for name, rows in arms.items()
         }
         closer += sum(of_maze["replay"]) < sum(of_maze["learned c"])
-    assert (words[15], words[17]) == (str(closer), "10")
+    assert (words[11], words[13]) == (str(closer), "10")
     assert means["replay"] < 0.5 * means["learned c"]
