@@ -222,9 +222,10 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # it writes 00, 01, 10, 11 with probabilities 3/8, 1/8, 1/8, 3/8. Under this distribution the second
 # token equals the first with probability 3/4; the teacher's posterior says 1, so it is not
 # consistent. With c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt
-# of the distribution that drew x1. With another c the mean target is wrong by c (pi_a - E_a[e |
-# xt]). If c = s E_a[w | xt], the minimiser is pi_{a+h} + s (pi_a - E_a[e | xt]), where pi_{a+h} is
-# (D2): the student inherits the share s of the teacher's error.
+# of the distribution that drew x1. Otherwise, let p be the teacher's posterior, and E the mean
+# under that distribution. The mean target is wrong by c times the teacher's error, p - E[e | xt].
+# After it is divided by E[w | xt], the sum of its entries, it is wrong by c / E[w | xt] times that
+# error: if no entry is negative, this share of the teacher's error is passed on to the student.
 #
 # The corruption is what turns x1 into xt, here the masking. The derivations use only that P(xt |
 # x1) is the same at every tilt: given x1, the corruption must not depend on a. It may depend on x1

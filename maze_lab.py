@@ -134,7 +134,7 @@ QUICK = {"base_steps": 150, "base_batch": 256, "steps": 240, "phases": 8, "rollo
 
 
 class FittedC(Enum):
-    """A weight c of the control variate that a run fits to its own batches (section 3)."""
+    """A coefficient c of the control variate that a run fits to its own batches (section 3)."""
 
     SCALAR = "one number for all positions"
     NET = "a number c(xt, i) for each masked position, from a small net"
@@ -155,8 +155,10 @@ class Arm:
     lr: float | None = None  # None stands for Config.lr.
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
     replay: bool = False  # whether the rollouts of earlier phases are used again, by (D13)
-    decay: float = 1.0  # below 1 early phases draw more rollouts than late ones; see `phase_sizes`
-    c_share: float = 1.0  # the part of the fitted c that is used; see section 3
+    decay: float = (
+        1.0  # if below 1, early phases draw more rollouts than late ones; see `phase_sizes`
+    )
+    c_share: float = 1.0  # c is multiplied by this number; see section 3
 
 
 def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:
@@ -209,7 +211,7 @@ class Phase:
     h: float  # its increment
     x1: Tensor  # (N, L) the rollouts of the teacher, and with replay those of earlier phases
     r: Tensor  # (N,) their rewards
-    w: Tensor  # (N,) their weights w; with replay u w, where u is the weight of the draw
+    w: Tensor  # (N,) their weights w; with replay u w, because rollouts are drawn by u
     student: "MazeNet"
     teacher: dtm.Table  # the model at tilt a
     next_teacher: dtm.Table  # the model at tilt a + h: the student as a table
@@ -324,10 +326,10 @@ def adam(model: nn.Module) -> torch.optim.Adam:
 # of states: one number, or one number per masked position. It learns from a batch only after its c
 # was used on that batch, because a c fitted to the batch on which it is used would bias the loss.
 #
-# The best c is close to E[w | xt]. If c is a share s of E[w | xt], a teacher that is not consistent
-# passes the share s of its error on to the student (section 3 of dtm.py). With s = 1 an error of
-# the first phase is still there in the last one. With s = 0.8 little is left of it after ten
-# phases, and the gradient is a little noisier. The arm "replay" has s = 0.8.
+# The best c is close to E[w | xt]. A teacher that is not consistent passes the share c / E[w | xt]
+# of its error on to the student (section 3 of dtm.py), so that with the best c an error of the
+# first phase may still be there in the last one. The arm "replay" uses 0.8 of the best c, at the
+# price of a noisier gradient. Without replay this price is too high.
 @dataclass(eq=False)
 class FixedC:
     """c is a number. c = 0 leaves the control variate out, and c = 1 is the paper's choice."""

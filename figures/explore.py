@@ -28,7 +28,7 @@ ABOUT = {
     lab.BEST_SCALAR.name: "DTM in 16 steps with the single value of c that minimises the variance "
     "(ours).",
     lab.LEARNED.name: "DTM in 16 steps with a c that a small network predicts (ours).",
-    lab.REPLAY.name: "DTM in 16 steps with 0.8 of the learned c, where sequences that earlier "
+    lab.REPLAY.name: "DTM in 16 steps with 0.8 times the learned c, where sequences that earlier "
     "models wrote are used again (ours).",
 }
 # The position of widget B is that of `python dtm.py`.

@@ -2,12 +2,14 @@
 
     python -m figures.replay --seeds 10     10 random mazes; about 30 minutes on 2 cores
 
-All arms fit a c to each state and position, and have the same numbers of rollouts and gradient
-steps. The arm "replay" differs from "learned c" in three ways: it reuses the rollouts of earlier
-phases, by (D13) of dtm.py; early phases draw more of the rollouts than late ones; and it uses 0.8
-of the fitted c. The arm "replay, all of c" lacks the last of these, and two further arms lack one
-more. Each maze has one base model, from which all its runs start: three runs of the first three
-arms, and one run of each of the others. Runs differ in the noise of rollouts and batches.
+In all arms a network predicts c, the coefficient of the control variate, for each state and
+position, and all have the same numbers of rollouts and gradient steps. The arm "replay" differs
+from "learned c" in three ways: it reuses the rollouts of earlier phases, by (D13) of dtm.py; early
+phases draw more of the rollouts than late ones; and the predicted c is multiplied by 0.8. The arm
+"replay, all of c" has only the first two of these, and two further arms have one of them each.
+
+Each maze has one base model, from which all its runs start. The first three arms have --runs runs
+per maze, and the two further arms have one. Runs differ in the noise of rollouts and batches.
 """
 
 import statistics
@@ -22,8 +24,8 @@ from figures.command import COLOURS
 
 ARMS = (lab.LEARNED, lab.REPLAY)  # the figure has these
 ALL_OF_C = replace(lab.REPLAY, name="replay, all of c", c_share=1.0)
-# `decay` is the factor from the rollouts of a phase to those of the next, see `phase_sizes`.
-ABLATIONS = (
+# `decay` < 1 means that early phases draw more rollouts, see `phase_sizes`.
+FURTHER_ARMS = (
     replace(lab.LEARNED, name="more rollouts early, no replay", decay=lab.REPLAY.decay),
     replace(ALL_OF_C, name="replay, all of c, no extra rollouts early", decay=1.0),
 )
@@ -88,8 +90,9 @@ def kl_parts(row: dict) -> dict[str, float]:
 
 def summary(result: dict) -> str:
     """Return a Markdown table with one line per arm: KL, its parts, and paths on the worst maze."""
-    titles = ["arm", "runs per maze", "KL(target, model)", "success", "which shortest path"]
-    titles += ["other paths", "lowest share of paths kept on any maze"]
+    titles = ["arm", "runs per maze", "KL(target, model)", "part 1: shortest or not"]
+    titles += ["part 2: which shortest path", "part 3: which other path"]
+    titles += ["lowest share of paths kept on any maze"]
     lines = [f"| {' | '.join(titles)} |", "|---|" + "--:|" * 6]
     for name, rows in lab.by_arm(result).items():
         worst = min(means["kept"] for means in by_maze(rows).values())
@@ -111,11 +114,11 @@ def kl_differences(result: dict) -> list[dict[str, float]]:
 def title_of(result: dict) -> str:
     """Return the claim of the figure."""
     arms = lab.by_arm(result)
-    fresh, again = (command.mean([*by_maze(arms[arm.name]).values()], "kl") for arm in ARMS)
+    without, kl = (command.mean([*by_maze(arms[arm.name]).values()], "kl") for arm in ARMS)
     differences = kl_differences(result)
     closer = sum(change["kl"] < 0 for change in differences)
     return (
-        f"Mean KL {again:.2f} nats with replay, {fresh:.2f} without it; "
+        f"Mean KL {kl:.2f} nats with replay, {without:.2f} without it; "
         f"closer on {closer} of {len(differences)} mazes"
     )
 
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--runs {args.runs} must be at least 1.")
     cfg = replace(cfg, mazes=len(args.seeds))
     arms = [Run(**vars(arm), run=run) for arm in (*ARMS, ALL_OF_C) for run in range(args.runs)]
-    arms += [Run(**vars(arm)) for arm in ABLATIONS]
+    arms += [Run(**vars(arm)) for arm in FURTHER_ARMS]
     result = lab.experiment(cfg, arms, args, run_of_arm)
     print(table(result))
     print(summary(result))
