@@ -3,7 +3,8 @@
     python maze_lab.py                 train by seven methods, print a table, and draw a figure
     python maze_lab.py --ablate cv     compare control variates; or vary another part of the method:
                                        the number of phases (anneal), the form of the loss (loss),
-                                       the decoding order (sampler), or the choice of h (ess)
+                                       the decoding order (sampler), the choice of h (ess), or
+                                       replay (replay)
     python maze_lab.py --mazes 6       give each of six seeds its own random maze
     python maze_lab.py --grid 5        use a larger maze, which is still exact
 
@@ -195,6 +196,12 @@ ABLATIONS = {
         Arm("low-confidence remasking", order="low_confidence"),
     ],
     "ess": [Arm("equal h"), ADAPTIVE_H],
+    "replay": [
+        LEARNED,
+        Arm("learned c, times 0.8", c_share=0.8),
+        Arm("replay, all of c", replay=True, decay=0.7),
+        REPLAY,
+    ],
 }
 
 
@@ -329,7 +336,7 @@ def adam(model: nn.Module) -> torch.optim.Adam:
 # The best c is close to E[w | xt]. A teacher that is not consistent passes the share c / E[w | xt]
 # of its error on to the student (section 3 of dtm.py), so that with the best c an error of the
 # first phase may still be there in the last one. The arm "replay" uses 0.8 of the best c, at the
-# price of a noisier gradient. Without replay this price is too high.
+# price of a noisier gradient. Without replay this does not help (--ablate replay).
 @dataclass(eq=False)
 class FixedC:
     """c is a number. c = 0 leaves the control variate out, and c = 1 is the paper's choice."""
@@ -909,8 +916,8 @@ def read_command_line(argv: list[str] | None) -> tuple[Config, argparse.Namespac
     parser = argparse.ArgumentParser(description=about)
     text = (
         "Answer one question instead of running the main comparison: how many phases (anneal), "
-        "which c (cv), which form of the loss (loss), which decoding order (sampler), or who "
-        "chooses h (ess)?"
+        "which c (cv), which form of the loss (loss), which decoding order (sampler), who chooses "
+        "h (ess), or with which c rollouts are used again (replay)?"
     )
     parser.add_argument("--ablate", choices=ABLATIONS, help=text)
     add_run_flags(parser)
