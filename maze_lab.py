@@ -156,9 +156,7 @@ class Arm:
     lr: float | None = None  # None stands for Config.lr.
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
     replay: bool = False  # whether the rollouts of earlier phases are used again, by (D13)
-    decay: float = (
-        1.0  # if below 1, early phases draw more rollouts than late ones; see `phase_sizes`
-    )
+    decay: float = 1.0  # if below 1, early phases draw more rollouts; see `phase_sizes`
     c_share: float = 1.0  # c is multiplied by this number; see section 3
 
 
@@ -177,6 +175,7 @@ REWARD_ONLY = Arm("reward only", c=0.0, reward_only=True, lr=1e-3)
 ONE_JUMP = Arm("one jump", c=FittedC.SCALAR, phases=1)
 ADAPTIVE_H = Arm("h by rollouts", adaptive_h=True)
 REPLAY = Arm("replay", replay=True, decay=0.7, c_share=0.8)
+ALL_OF_C = Arm("replay, all of c", replay=True, decay=0.7)
 MAIN = [REWARD_ONLY, ONE_JUMP, C_0, C_1, BEST_SCALAR, LEARNED, REPLAY]
 # Whose an arm is; the main figure shows it.
 ORIGIN = {REWARD_ONLY.name: "not DTM", C_0.name: "paper", C_1.name: "paper"}
@@ -196,12 +195,7 @@ ABLATIONS = {
         Arm("low-confidence remasking", order="low_confidence"),
     ],
     "ess": [Arm("equal h"), ADAPTIVE_H],
-    "replay": [
-        LEARNED,
-        Arm("learned c, times 0.8", c_share=0.8),
-        Arm("replay, all of c", replay=True, decay=0.7),
-        REPLAY,
-    ],
+    "replay": [LEARNED, Arm("learned c, times 0.8", c_share=0.8), ALL_OF_C, REPLAY],
 }
 
 
@@ -276,8 +270,8 @@ def tilt(
             # 4. Take a gradient step on the loss at the masked positions.
             logits, logits_a = student(xt, positions), teacher(xt, positions)  # (M, V) each
             token, w_masked = x1[chosen][positions], w[chosen][row]  # (M,) each
-            fitted = control(xt, positions)  # a number or (M,)
-            c = arm.c_share * fitted  # The losses treat it as a constant.
+            full_c = control(xt, positions)  # a number or (M,)
+            c = arm.c_share * full_c  # The losses treat it as a constant.
             if arm.loss is dtm.etm_loss:  # (D4) takes the reward and h instead of w and c.
                 loss = dtm.etm_loss(logits, logits_a, token, r[chosen][row], h)  # (M,)
             else:
@@ -286,7 +280,7 @@ def tilt(
             share = (1 / (mask.sum(1) * cfg.batch))[row]  # (M,)
             dtm.take_step(optimizer, (share * loss).sum(), lr=peak_lr * (1 - step / steps))
             control.learn(
-                fitted,
+                full_c,
                 logits=logits.detach(),
                 logits_a=logits_a,
                 token=token,

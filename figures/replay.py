@@ -23,11 +23,10 @@ from figures import command
 from figures.command import COLOURS
 
 ARMS = (lab.LEARNED, lab.REPLAY)  # the figure has these
-ALL_OF_C = replace(lab.REPLAY, name="replay, all of c", c_share=1.0)
 # `decay` < 1 means that early phases draw more rollouts, see `phase_sizes`.
 FURTHER_ARMS = (
     replace(lab.LEARNED, name="more rollouts early, no replay", decay=lab.REPLAY.decay),
-    replace(ALL_OF_C, name="replay, all of c, no extra rollouts early", decay=1.0),
+    replace(lab.ALL_OF_C, name="replay, all of c, no extra rollouts early", decay=1.0),
 )
 
 
@@ -82,8 +81,8 @@ def kl_parts(row: dict) -> dict[str, float]:
     shortest  KL of which shortest path it is, times the target's probability that it is one
     others    the same for all other paths
     """
-    yes = torch.tensor([row["target_success"], row["success"]], dtype=torch.float64)
-    target, model = torch.stack([yes, 1 - yes], 1)
+    shares = torch.tensor([row["target_success"], row["success"]], dtype=torch.float64)
+    target, model = torch.stack([shares, 1 - shares], 1)  # (2,) each: shortest paths, others
     success, shortest = lab.kl(target, model), row["target_success"] * row["kl_modes"]
     return {"success": success, "shortest": shortest, "others": row["kl"] - success - shortest}
 
@@ -158,7 +157,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.runs < 1:
         parser.error(f"--runs {args.runs} must be at least 1.")
     cfg = replace(cfg, mazes=len(args.seeds))
-    arms = [Run(**vars(arm), run=run) for arm in (*ARMS, ALL_OF_C) for run in range(args.runs)]
+    arms = [Run(**vars(arm), run=run) for arm in (*ARMS, lab.ALL_OF_C) for run in range(args.runs)]
     arms += [Run(**vars(arm)) for arm in FURTHER_ARMS]
     result = lab.experiment(cfg, arms, args, run_of_arm)
     print(table(result))
