@@ -223,9 +223,10 @@ def tilt_weight(r: Tensor, h: float, normalize: bool = False) -> Tensor:
 # token equals the first with probability 3/4; the teacher's posterior says 1, so it is not
 # consistent. With c = 0 the logits of the teacher do not enter, and the minimiser is still the tilt
 # of the distribution that drew x1. Otherwise, let p be the teacher's posterior, and E the mean
-# under that distribution. The mean target is wrong by c times the teacher's error, p - E[e | xt].
-# After it is divided by E[w | xt], the sum of its entries, it is wrong by c / E[w | xt] times that
-# error: if no entry is negative, this share of the teacher's error is passed on to the student.
+# under that distribution. The teacher's error is p - E[e | xt], and the mean target is off by c
+# times this error. The minimiser is the mean target divided by E[w | xt], the sum of its entries,
+# provided that no entry is negative. So the minimiser is off by c / E[w | xt] times the teacher's
+# error: the student inherits this share of it.
 #
 # The corruption is what turns x1 into xt, here the masking. The derivations use only that P(xt |
 # x1) is the same at every tilt: given x1, the corruption must not depend on a. It may depend on x1

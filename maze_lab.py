@@ -157,7 +157,7 @@ class Arm:
     order: str = "random"  # the decoding order of the rollouts, one of dtm.ORDERS
     replay: bool = False  # whether the rollouts of earlier phases are used again, by (D13)
     decay: float = 1.0  # if below 1, early phases draw more rollouts; see `phase_sizes`
-    c_share: float = 1.0  # c is multiplied by this number; see section 3
+    c_share: float = 1.0  # c is multiplied by this number; see section 3 below
 
 
 def paper_arm(name: str, c: float, loss: Callable = dtm.c_dtm_loss) -> Arm:

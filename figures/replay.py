@@ -32,7 +32,7 @@ FURTHER_ARMS = (
 
 @dataclass(frozen=True)
 class Run(lab.Arm):
-    """An arm with the number of the run; runs with other numbers have other noise."""
+    """An arm with the number of the run; runs with different numbers use different noise."""
 
     run: int = 0
 
@@ -77,8 +77,9 @@ def table(result: dict) -> str:
 def kl_parts(row: dict) -> dict[str, float]:
     """Divide KL(target, model) of a run into three parts that add up to it, by the chain rule.
 
-    success   KL of whether a path is a shortest one
-    shortest  KL of which shortest path it is, times the target's probability that it is one
+    success   the KL between the probabilities that a path is a shortest one
+    shortest  the KL between the distributions over the shortest paths, times the probability that
+              the target gives to them together
     others    the same for all other paths
     """
     shares = torch.tensor([row["target_success"], row["success"]], dtype=torch.float64)
